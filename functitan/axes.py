@@ -1,0 +1,90 @@
+"""Patterns: strings that name the axes of tensors, read once and cached.
+
+Invariant: an `Axes` holds distinct names, in the order of the tensor's dimensions. A pattern is the type of a tensor;
+nothing else about a tensor's layout is stored anywhere.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from functitan.errors import PatternError, report
+
+Axes = tuple[str, ...]
+
+
+class Signature(NamedTuple):
+    """`"a b, b c -> a c"`: the axes of each operand and of each result."""
+
+    operands: tuple[Axes, ...]
+    results: tuple[Axes, ...]
+
+
+@lru_cache(maxsize=None)
+def parse_axes(pattern: str) -> Axes:
+    """The axes of one tensor.
+
+    >>> parse_axes("batch seq embed")
+    ('batch', 'seq', 'embed')
+    >>> parse_axes("")
+    ()
+    """
+    if not isinstance(pattern, str):
+        raise PatternError(_not_a_string(pattern))
+    problems = _problems(pattern, tuple(pattern.split()))
+    if problems:
+        raise PatternError(report(f"pattern {pattern!r}", problems, _FIX))
+    return tuple(pattern.split())
+
+
+@lru_cache(maxsize=None)
+def parse_signature(pattern: str) -> Signature:
+    """The axes of operands (before `->`) and results (after it), each list separated by commas.
+
+    >>> parse_signature("b s, s e -> b e")
+    Signature(operands=(('b', 's'), ('s', 'e')), results=(('b', 'e'),))
+    """
+    if not isinstance(pattern, str):
+        raise PatternError(_not_a_string(pattern))
+    sides = pattern.split("->")
+    if len(sides) != 2:
+        raise PatternError(report(f"pattern {pattern!r}", [_ARROWS.format(len(sides) - 1)], _FIX_ARROW))
+    tensors = [[tuple(axes.split()) for axes in side.split(",")] for side in sides]
+    problems = [problem for side in tensors for axes in side for problem in _problems(" ".join(axes), axes)]
+    if problems:
+        raise PatternError(report(f"pattern {pattern!r}", problems, _FIX))
+    return Signature(tuple(tensors[0]), tuple(tensors[1]))
+
+
+def write_axes(axes: Axes) -> str:
+    """The pattern of `axes`: the inverse of `parse_axes`."""
+    return " ".join(axes)
+
+
+def write_signature(signature: Signature) -> str:
+    """The pattern of a signature: the inverse of `parse_signature`.
+
+    >>> write_signature(parse_signature("b s,s e->b e"))
+    'b s, s e -> b e'
+    """
+    return " -> ".join(", ".join(map(write_axes, side)) for side in signature)
+
+
+def _problems(pattern: str, axes: Axes) -> list[str]:
+    repeated = sorted({name for name in axes if axes.count(name) > 1})
+    return [_NAME.format(name, pattern) for name in axes if not name.isidentifier() or name.startswith("_")] + [
+        _REPEATED.format(name, pattern) for name in repeated
+    ]
+
+
+def _not_a_string(pattern: object) -> str:
+    return report(f"pattern {pattern!r}", [f"a pattern is a string, this is a {type(pattern).__name__}"], _FIX_STRING)
+
+
+_NAME = "{0!r} in {1!r} is not an axis name: letters, digits and '_', beginning with a letter"
+_REPEATED = "axis {0!r} stands twice in {1!r}: each axis of a tensor has a name of its own"
+_ARROWS = "a pattern of an operation has one '->', this has {0}"
+_FIX = "name each axis once, with spaces between, as in 'batch seq embed'"
+_FIX_ARROW = "write 'operand, operand -> result', as in 'batch embed, embed mlp -> batch mlp'"
+_FIX_STRING = "the pattern comes first and tensors after, as in ft.einsum('a b, b c -> a c', x, w)"

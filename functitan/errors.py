@@ -1,0 +1,60 @@
+"""The kinds of error functitan raises, and the one way they are written.
+
+Invariant: an error lists every failure of a call at once, then what would work; it is raised before anything is
+allocated or sent.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FunctitanError(ValueError):
+    """A user's mistake; every error kind below is one, and so is a plain `ValueError` to who catches it."""
+
+
+class PatternError(FunctitanError):
+    """A pattern that cannot be read, or that does not describe the tensors it came with."""
+
+
+class RulesError(FunctitanError):
+    """A rules table that does not answer a name, or names what no mesh can have."""
+
+
+class LayoutError(FunctitanError):
+    """A size that its mesh dims do not divide, or tensors whose layouts cannot meet."""
+
+
+class MeshError(FunctitanError):
+    """A mesh that cannot be made, or an operation that this mesh cannot carry."""
+
+
+class DonatedError(FunctitanError):
+    """A value used after it was donated to a step."""
+
+
+class CollectiveError(RuntimeError):
+    """A collective that another rank did not join: it failed, left, or ran a different program."""
+
+
+def report(what: str, problems: Iterable[str], fix: str = "") -> str:
+    """One error text: what was called, every problem on a line of its own, then the fix.
+
+    >>> print(report("einsum('a -> b')", ["axis 'b' is in no operand"], "drop it"))
+    einsum('a -> b'):
+      - axis 'b' is in no operand
+      Fix: drop it
+    """
+    lines = [f"{what}:", *(f"  - {problem}" for problem in problems)]
+    return "\n".join(lines + ([f"  Fix: {fix}"] if fix else []))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` where a known name is close, else the empty string.
+
+    >>> nearest("fdsp", ["dp", "fsdp"])
+    " (did you mean 'fsdp'?)"
+    """
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""

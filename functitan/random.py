@@ -1,0 +1,299 @@
+"""Counter-based random numbers: a key and an index give a value, and no generator has a state.
+
+Invariant: an element depends only on the key and on its row-major int64 index in the global shape. So a block of a
+tensor is bitwise the slice of the whole, and every sharding of a tensor holds the same numbers.
+
+The generator is Threefry-2x32 with 20 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011),
+one call for each element. `key`, `split`, `fold_in` and `bits` give the numbers of `jax.random` (with
+`jax_threefry_partitionable`, its default). As there, a key is used once: either to sample, or to derive other keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+from itertools import product
+
+import torch
+from torch import Tensor
+from torch._guards import detect_fake_mode  # private; tried on torch 2.13; used in `_is_traced` only
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+Block = Sequence[slice]
+Device = torch.device | str
+
+_CHUNK = 2**16  # elements sampled at once: the work buffers stay in the cache
+_MASK = 2**32 - 1
+
+
+def key(seed: int) -> Tensor:
+    """A key from a seed.
+
+    Arguments: `seed`, an int in [0, 2**64). Result: int64 of shape (2,), two words of 32 bits.
+    Raises ValueError for another seed.
+
+    >>> key(7)
+    tensor([0, 7])
+    """
+    _check_64_bits(seed, "seed")
+    return torch.tensor([seed >> 32, seed & _MASK], dtype=torch.int64)
+
+
+def split(key: Tensor, n: int = 2) -> Tensor:
+    """`n` new keys, which are independent of each other and, if `key` is not used again, of all else.
+
+    Arguments: `key`, int64 (2,). Result: int64 (n, 2); row i is `fold_in(key, i)`.
+    Raises ValueError for a bad key or a negative `n`.
+
+    >>> first, second = split(key(0))
+    """
+    _check_key(key)
+    _check_shape((n,))
+    counter = torch.arange(n, dtype=torch.int64, device=key.device)
+    return torch.stack([_unsigned(word) for word in _threefry(key, counter)], -1)
+
+
+def fold_in(key: Tensor, data: int | str | Tensor) -> Tensor:
+    """A new key for `data`: a step, a layer's index, the path of a leaf.
+
+    Arguments: `key`, int64 (2,); `data`, an int in [0, 2**64), a str (its 64-bit BLAKE2b hash is used, so that the
+    result is the same in every process) or an integer tensor of shape () (so that a captured step can fold in its
+    own counter). Result: int64 (2,). Raises ValueError for other data and for a bad key.
+
+    >>> dropout_key = fold_in(fold_in(key(0), "blocks.3.dropout"), 100)
+    """
+    _check_key(key)
+    if isinstance(data, Tensor):
+        if data.ndim or data.is_floating_point() or data.is_complex() or data.dtype == torch.bool:
+            raise ValueError(f"fold_in: data is {data.dtype} {tuple(data.shape)}; a tensor must be an integer, ()")
+        counter = data.to(key.device, torch.int64)
+    else:
+        if isinstance(data, str):
+            data = int.from_bytes(blake2b(data.encode(), digest_size=8).digest(), "little")
+        _check_64_bits(data, "fold_in: data")
+        counter = torch.full((), data if data < 2**63 else data - 2**64, dtype=torch.int64, device=key.device)
+    return torch.stack([_unsigned(word) for word in _threefry(key, counter)], -1)
+
+
+def bits(key: Tensor, shape: Sequence[int], *, block: Block | None = None, device: Device | None = None) -> Tensor:
+    """Uniform integers in [0, 2**32).
+
+    Arguments: `key`, int64 (2,); `shape`, the *global* shape; `block`, one `slice(start, stop)` for each axis: the
+    part that is wanted (None: all of it); `device`, the key's own by default. Result: int64 of the block's shape.
+    Raises ValueError for a bad key, shape or block.
+
+    >>> bits(key(0), (4,))
+    tensor([4070199207, 4202968722, 1427181096, 2012915765])
+    >>> bits(key(0), (4,), block=[slice(1, 3)])
+    tensor([4202968722, 1427181096])
+    """
+    return _sample(lambda first, second: _unsigned(first ^ second), torch.int64, key, shape, block, device)
+
+
+def uniform(
+    key: Tensor,
+    shape: Sequence[int],
+    *,
+    low: float = 0.0,
+    high: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    block: Block | None = None,
+    device: Device | None = None,
+) -> Tensor:
+    """Uniform numbers in [low, high), of as many random bits as `dtype` has digits (float32: 24).
+
+    Every number in [0, 1) is an exact multiple of 2**-digits. With other bounds, rounding to `dtype` may give `high`.
+
+    Arguments: as for `bits`; `low` <= `high`, finite; `dtype`, float16, bfloat16, float32 or float64.
+    Result: `dtype`, of the block's shape. Raises ValueError for bad arguments.
+
+    >>> uniform(key(0), (2, 2), low=-1.0)[0, 0].item()
+    0.8953...
+    """
+    digits = _digits(dtype)
+    if not (math.isfinite(high - low) and low <= high):
+        raise ValueError(f"uniform: low={low} and high={high} must be finite, with low <= high")
+
+    def draw(first: Tensor, second: Tensor) -> Tensor:
+        if digits <= 32:
+            integer = _unsigned(first ^ second) >> (32 - digits)
+        else:
+            integer = _unsigned(first) << (digits - 32) | _unsigned(second) >> (64 - digits)
+        return (low + (high - low) * (integer.double() * 2.0**-digits)).to(dtype)
+
+    return _sample(draw, dtype, key, shape, block, device)
+
+
+def normal(
+    key: Tensor,
+    shape: Sequence[int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    block: Block | None = None,
+    device: Device | None = None,
+) -> Tensor:
+    """Numbers of the standard normal distribution, at most 6.8 in magnitude.
+
+    The cosine half of Box and Muller (1958): sqrt(-2 log u) cos(2 pi v), for u and v from the two words of an element.
+    It is computed in float64 and rounded once, so that bits do not hang on the last digit of a device's log and cos.
+
+    Arguments: as for `bits`; `dtype`, float16, bfloat16, float32 or float64. Result: `dtype`, of the block's shape.
+    Raises ValueError for bad arguments.
+
+    >>> whole = normal(key(0), (8, 6))
+    >>> torch.equal(normal(key(0), (8, 6), block=(slice(2, 4), slice(None))), whole[2:4])
+    True
+    """
+    _digits(dtype)
+
+    def draw(first: Tensor, second: Tensor) -> Tensor:
+        radius = torch.sqrt(torch.log(_open_unit(first)) * -2.0)
+        return (radius * torch.cos(_open_unit(second) * (2.0 * math.pi))).to(dtype)
+
+    return _sample(draw, dtype, key, shape, block, device)
+
+
+def bernoulli(
+    key: Tensor, p: float, shape: Sequence[int], *, block: Block | None = None, device: Device | None = None
+) -> Tensor:
+    """True with probability `p`, rounded to a multiple of 2**-32; 0 and 1 are exact.
+
+    Arguments: `p` in [0, 1]; the others as for `bits`. Result: bool, of the block's shape.
+    Raises ValueError for bad arguments.
+
+    >>> keep = bernoulli(key(0), 0.9, (4, 8))
+    """
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"bernoulli: p={p} must be in [0, 1]")
+    threshold = round(p * 2**32)
+    return _sample(lambda first, second: _unsigned(first ^ second) < threshold, torch.bool, key, shape, block, device)
+
+
+def _sample(
+    draw: Callable[[Tensor, Tensor], Tensor],
+    dtype: torch.dtype,
+    key: Tensor,
+    shape: Sequence[int],
+    block: Block | None,
+    device: Device | None,
+) -> Tensor:
+    """`draw` of the two words of every element of a block, in boxes of at most `_CHUNK` elements."""
+    _check_key(key)
+    shape = _check_shape(shape)
+    bounds = _check_block(block, shape)
+    key = key if device is None else key.to(device)
+    runs = _runs(shape, bounds)
+    sizes = [size for _, size, _ in runs]
+    # A trace holds a few dozen nodes for each box, and fake tensors use no memory: there, one box.
+    boxes = _boxes(sizes, max(1, math.prod(sizes)) if _is_traced(key) else _CHUNK)
+    words = (_threefry(key, _indices(runs, box, key.device)) for box in boxes)
+    if len(boxes) == 1:
+        return draw(*next(words)).reshape([stop - start for start, stop in bounds])
+    out = key.new_empty(sizes, dtype=dtype)  # of the key, so that it is batched under vmap over keys
+    for box, pair in zip(boxes, words, strict=True):
+        out[box] = draw(*pair)
+    return out.reshape([stop - start for start, stop in bounds])
+
+
+def _runs(shape: tuple[int, ...], bounds: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """The axes of a block as (first index, size, stride), an axis that is whole merged into the one before it."""
+    runs: list[tuple[int, int, int]] = []
+    stride = math.prod(shape)
+    for size, (start, stop) in zip(shape, bounds, strict=True):
+        stride = stride // size if size else 0
+        if runs and stop - start == size:
+            first, length, _ = runs.pop()
+            runs.append((first, length * size, stride))
+        else:
+            runs.append((start * stride, stop - start, stride))
+    return runs
+
+
+def _boxes(sizes: list[int], limit: int) -> list[tuple[slice, ...]]:
+    """Cuts a box of `sizes` into boxes of at most `limit` elements: trailing axes whole, one axis cut evenly."""
+    cuts: list[list[slice]] = []
+    for size in reversed(sizes):
+        parts = -(-size // max(1, limit))
+        step = -(-size // max(1, parts))
+        cuts.append([slice(at, min(at + step, size)) for at in range(0, size, step)] if size else [slice(0, 0)])
+        limit = limit // max(1, size) if parts <= 1 else 1
+    return list(product(*reversed(cuts)))
+
+
+def _indices(runs: list[tuple[int, int, int]], box: tuple[slice, ...], device: torch.device) -> Tensor:
+    index = torch.zeros((), dtype=torch.int64, device=device)
+    for (first, _, stride), part in zip(runs, box, strict=True):
+        size = part.stop - part.start
+        step = torch.arange(size, dtype=torch.int64, device=device) * stride + (first + part.start * stride)
+        index = index.unsqueeze(-1) + step
+    return index
+
+
+def _threefry(key: Tensor, counter: Tensor) -> tuple[Tensor, Tensor]:
+    """Threefry-2x32-20 of an int64 counter. All ops are out of place and wrap around in int32."""
+    keys = [word.to(torch.int32) for word in key.unbind(-1)]
+    keys.append(keys[0] ^ keys[1] ^ 0x1BD11BDA)
+    first = (counter >> 32).to(torch.int32) + keys[0]
+    second = counter.to(torch.int32) + keys[1]
+    for group in range(5):
+        for rotation in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
+            first = first + second
+            second = first ^ (second << rotation | second >> (32 - rotation) & (1 << rotation) - 1)
+        first = first + keys[(group + 1) % 3]
+        second = second + (keys[(group + 2) % 3] + (group + 1))
+    return first, second
+
+
+def _unsigned(word: Tensor) -> Tensor:
+    return word.to(torch.int64) & _MASK
+
+
+def _open_unit(word: Tensor) -> Tensor:
+    """An int32 word as a float64 in (0, 1), by (unsigned word + 1/2) / 2**32."""
+    return ((word ^ -(2**31)).double() + (2.0**31 + 0.5)) * 2.0**-32
+
+
+def _is_traced(key: Tensor) -> bool:
+    return key.is_meta or get_proxy_mode() is not None or detect_fake_mode(key) is not None
+
+
+def _digits(dtype: torch.dtype) -> int:
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"dtype={dtype} must be torch.float16, bfloat16, float32 or float64")
+    return 1 - round(math.log2(torch.finfo(dtype).eps))
+
+
+def _check_64_bits(value: int, name: str) -> None:
+    if type(value) is not int or not 0 <= value < 2**64:
+        raise ValueError(f"{name}={value!r} must be an int in [0, 2**64)")
+
+
+def _check_key(key: Tensor) -> None:
+    if not isinstance(key, Tensor) or key.dtype != torch.int64 or tuple(key.shape) != (2,):
+        found = f"a tensor {key.dtype} {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)
+        raise ValueError(f"the key is {found}; it must be an int64 tensor of shape (2,), as random.key(seed) makes it")
+
+
+def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(shape, Sequence) or not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"shape {shape!r} must be a sequence of ints >= 0")
+    if math.prod(shape) >= 2**63:
+        raise ValueError(f"shape {shape!r} has 2**63 elements or more: their indices overflow int64")
+    return tuple(shape)
+
+
+def _check_block(block: Block | None, shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    if block is None:
+        return [(0, size) for size in shape]
+    if not isinstance(block, Sequence) or len(block) != len(shape) or not all(isinstance(s, slice) for s in block):
+        raise ValueError(f"block {block!r} must have one slice for each of the {len(shape)} axes of shape {shape}")
+    bounds = [(s.start or 0, size if s.stop is None else s.stop) for s, size in zip(block, shape, strict=True)]
+    bad = [
+        f"axis {axis}: {s} of size {size}"
+        for axis, (s, size, (start, stop)) in enumerate(zip(block, shape, bounds, strict=True))
+        if s.step not in (None, 1) or {type(start), type(stop)} != {int} or not 0 <= start <= stop <= size
+    ]
+    if bad:
+        raise ValueError(f"block of shape {shape}: {'; '.join(bad)}. Give 0 <= start <= stop <= size, and step 1")
+    return bounds

@@ -1,0 +1,1 @@
+"""Names to mesh dims to plans to collectives: how a tensor with a pattern lives on a mesh."""

@@ -1,0 +1,112 @@
+"""What a named op knows besides its tensors: mesh, rules, the phase, the hidden vmap axes, the ledger.
+
+Invariant: an `Env` is an immutable value. An op reads it once, when it is called, and keeps it: backward and
+recomputation read the kept one, because they may run on another thread, where the context is empty.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+from torch.distributed.device_mesh import DeviceMesh
+
+from functitan.errors import MeshError, report
+from functitan.sharding.distributed import mesh_of
+from functitan.sharding.layout import Layout, layout_of
+from functitan.sharding.ledger import Entry, Ledger
+from functitan.sharding.mesh import Mesh
+from functitan.sharding.rules import AxisRules, check_rules
+
+
+class Env(NamedTuple):
+    """The surroundings of an op. Without a mesh, named ops are plain torch."""
+
+    mesh: Mesh | None = None
+    rules: AxisRules | None = None
+    phase: str = "forward"
+    recomputed: bool = False
+    vmap_axes: tuple[tuple[int, str], ...] = ()  # (functorch level, name) of each `ft.vmap` around the op
+    ledger: Ledger | None = None
+
+    def layout(self, axes: tuple[str, ...]) -> Layout:
+        """The layout of a pattern here; only where there is a mesh."""
+        assert self.mesh is not None and self.rules is not None
+        return layout_of(axes, self.rules, self.mesh.sizes)
+
+    def note(self, collective: str, dims: tuple[str, ...], nbytes: int, dtype: Any, op: str, pattern: str) -> None:
+        """Enter one collective into the ledger, if there is one."""
+        if self.ledger is not None:
+            entry = Entry(collective, dims, nbytes, dtype, self.phase, self.recomputed, op, pattern)
+            self.ledger.entries.append(entry)
+
+
+_CURRENT: ContextVar[Env] = ContextVar("functitan", default=Env())  # noqa: B039 (an Env is immutable)
+
+
+def current() -> Env:
+    """The surroundings of the caller."""
+    return _CURRENT.get()
+
+
+@contextmanager
+def using(env: Env) -> Iterator[Env]:
+    """Run the body in these surroundings."""
+    token = _CURRENT.set(env)
+    try:
+        yield env
+    finally:
+        _CURRENT.reset(token)
+
+
+def spmd(fn: Callable[..., Any], *, mesh: Mesh | DeviceMesh | None, rules: AxisRules | None = None) -> Callable[..., Any]:
+    """A function that runs `fn` where named ops know the mesh and the rules.
+
+    Tensors are local shards: `ft.shard` makes them from global values, `ft.init` from declarations. Without a mesh the
+    function is `fn` as plain PyTorch. Raises `MeshError` and `RulesError` before anything runs.
+
+    >>> import torch, functitan as ft
+    >>> rules = ft.AxisRules({"batch": "dp", "embed": None})
+    >>> def mean(mesh, x):
+    ...     return ft.spmd(lambda x: ft.reduce("batch embed ->", x, op="mean"), mesh=mesh, rules=rules)(x)
+    >>> ft.simulate(dp=2)(lambda mesh, x: mean(mesh, x[mesh.rank * 2 : mesh.rank * 2 + 2]))(torch.arange(8.0).view(4, 2))
+    [tensor(3.5000), tensor(3.5000)]
+    """
+    known = as_mesh(mesh)
+    if known is not None:
+        if not isinstance(rules, AxisRules):
+            raise MeshError(report("ft.spmd", [f"rules is {rules!r}"], "give a table: rules=ft.AxisRules({...})"))
+        check_rules(rules, known.sizes)
+
+    @functools.wraps(fn)
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        env = _CURRENT.get()
+        planned = env.mesh is not None and env.mesh.transport.name == "explain" and known is not None
+        with using(env if planned else env._replace(mesh=known, rules=rules)):
+            return fn(*args, **kwargs)
+
+    return inside
+
+
+@contextmanager
+def record() -> Iterator[Ledger]:
+    """Record the collectives that run in the body: a `Ledger`, to be held against `ft.explain`.
+
+    On a virtual mesh opened inside the body, those of rank 0 are recorded.
+    """
+    ledger = Ledger("recorded")
+    with using(current()._replace(ledger=ledger)):
+        yield ledger
+
+
+def as_mesh(mesh: Mesh | DeviceMesh | None) -> Mesh | None:
+    """A rank's `Mesh` of what users call a mesh: a `DeviceMesh`, a virtual mesh, or `None`."""
+    if mesh is None or isinstance(mesh, Mesh):
+        return mesh
+    if isinstance(mesh, DeviceMesh):
+        return mesh_of(mesh)
+    problem = f"{mesh!r} is a {type(mesh).__name__}"
+    raise MeshError(report("mesh", [problem], "make one by ft.make_mesh(fsdp=2, tp=2), or run under ft.simulate(fsdp=2, tp=2)"))

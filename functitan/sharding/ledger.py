@@ -1,0 +1,107 @@
+"""The ledger: what a program communicates, one entry for each collective, predicted or recorded.
+
+Invariant: `bytes` is what one rank sends. With n ranks and S bytes of the whole tensor that is (n-1)/n S for an
+all-gather or a reduce-scatter, 2(n-1)/n S for an all-reduce, (n-1)/n of the local tensor for an all-to-all, and the
+message itself for a permute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+
+FORMULAS = {  # bytes sent by one rank, from the local input's bytes and the number of ranks
+    "all_gather": lambda nbytes, n: (n - 1) * nbytes,
+    "reduce_scatter": lambda nbytes, n: (n - 1) * nbytes // n,
+    "all_reduce": lambda nbytes, n: 2 * (n - 1) * nbytes // n,
+    "all_to_all": lambda nbytes, n: (n - 1) * nbytes // n,
+    "permute": lambda nbytes, n: nbytes if n > 1 else 0,
+}
+
+
+class Entry(NamedTuple):
+    """One collective of one rank."""
+
+    collective: str
+    mesh_dims: tuple[str, ...]
+    bytes: int
+    dtype: torch.dtype
+    phase: str  # "forward", "backward" or "update"
+    recomputed: bool
+    op: str
+    pattern: str
+
+
+class Ledger:
+    """Entries in the order of execution; `peak_bytes` is the most memory alive at once where it was measured."""
+
+    def __init__(self, title: str = "") -> None:
+        self.title = title
+        self.entries: list[Entry] = []
+        self.argument_bytes: int | None = None
+        self.peak_bytes: int | None = None
+        self.notes: list[str] = []
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> Entry:
+        return self.entries[index]
+
+    def total_bytes(self, mesh_dim: str | None = None) -> int:
+        """Bytes that one rank sends, over all collectives or over those whose group includes one mesh dim."""
+        return sum(entry.bytes for entry in self.entries if mesh_dim is None or mesh_dim in entry.mesh_dims)
+
+    def __str__(self) -> str:
+        columns = ("phase", "collective", "over", "MiB each", "dtype", "times", "op", "pattern")
+        rows = [columns, *map(_row, _runs(self.entries))]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+        right = {3, 5}
+        lines = [
+            "  ".join(cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+            for row in rows
+        ]
+        rule = "-" * min(120, max(map(len, lines)))
+        return "\n".join(line.rstrip() for line in [*([self.title] if self.title else []), lines[0], rule, *lines[1:], rule, *self._sums()])
+
+    def _sums(self) -> list[str]:
+        dims = sorted({dim for entry in self.entries for dim in entry.mesh_dims})
+        over = ", ".join(f"{dim} {_mib(self.total_bytes(dim))}" for dim in dims)
+        lines = [f"{len(self.entries)} collectives, {_mib(self.total_bytes())} MiB sent by each rank" + (f" ({over})" if over else "")]
+        if self.argument_bytes is not None:
+            lines.append(f"arguments {_mib(self.argument_bytes)} MiB on each rank")
+        if self.peak_bytes is not None:
+            lines.append(f"peak memory {_mib(self.peak_bytes)} MiB on each rank, arguments included")
+        return lines + [f"note: {note}" for note in self.notes]
+
+    def __repr__(self) -> str:
+        return f"<Ledger of {len(self.entries)} collectives, {_mib(self.total_bytes())} MiB>"
+
+
+def _runs(entries: list[Entry]) -> list[tuple[Entry, int]]:
+    """Equal entries of one phase, counted, in the order of their first appearance: layers repeat themselves."""
+    runs = []
+    for _, phase in groupby(entries, key=lambda entry: entry.phase):
+        counts: dict[Entry, int] = {}
+        for entry in phase:
+            counts[entry] = counts.get(entry, 0) + 1
+        runs += list(counts.items())
+    return runs
+
+
+def _row(run: tuple[Entry, int]) -> tuple[str, ...]:
+    entry, times = run
+    phase = entry.phase + (" (again)" if entry.recomputed else "")
+    dtype = str(entry.dtype).removeprefix("torch.")
+    dims = "·".join(entry.mesh_dims)
+    return phase, entry.collective, dims, _mib(entry.bytes), dtype, str(times), entry.op, entry.pattern
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:,.3f}" if nbytes < 2**20 else f"{nbytes / 2**20:,.1f}"

@@ -1,0 +1,134 @@
+"""The shape of a mesh and a rank's place in it, without devices.
+
+Invariant: a `MeshSizes` is all that rules, layouts and plans ever know of a mesh; a `Mesh` adds one rank's coordinate
+and the functions that carry its messages.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from functitan.errors import MeshError, nearest, report
+
+STANDARD_DIMS = ("pp", "dp", "fsdp", "cp", "tp", "ep")
+
+
+class MeshSizes(NamedTuple):
+    """Mesh dims and their sizes, outermost first.
+
+    >>> MeshSizes(("dp", "fsdp"), (2, 4)).size(("fsdp", "tp"))
+    4
+    """
+
+    dims: tuple[str, ...]
+    sizes: tuple[int, ...]
+
+    def size(self, dims: str | tuple[str, ...]) -> int:
+        """Number of ranks over one or several mesh dims; a dim that this mesh lacks counts as 1."""
+        return _size(self, (dims,) if isinstance(dims, str) else dims)
+
+
+class Transport(NamedTuple):
+    """How one rank's messages travel: five pure functions of a tensor and the mesh dims of a group.
+
+    The order of the dims is the order of the ranks in the group, outermost first; N is their number. `op` is "sum" or
+    "max"; `note` names op and pattern in errors.
+    """
+
+    name: str
+    all_gather: Callable[..., Any]  # (x, dims, note) -> [N, *x.shape]
+    reduce_scatter: Callable[..., Any]  # (x: [N, ...], dims, op, note) -> x.shape[1:]
+    all_reduce: Callable[..., Any]  # (x, dims, op, note) -> x.shape
+    all_to_all: Callable[..., Any]  # (x: [N, ...], dims, note) -> [N, ...]: row j goes to rank j
+    permute: Callable[..., Any]  # (x, dims, shift, note) -> x of the rank `shift` places before
+
+
+class Mesh(NamedTuple):
+    """One rank's view of a mesh: its sizes, this rank's coordinate, and the transport."""
+
+    sizes: MeshSizes
+    coordinate: tuple[int, ...]
+    transport: Transport
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """`{dim: size}`, outermost first."""
+        return dict(zip(self.sizes.dims, self.sizes.sizes, strict=True))
+
+    @property
+    def rank(self) -> int:
+        """This rank's row-major number in the mesh."""
+        rank = 0
+        for place, size in zip(self.coordinate, self.sizes.sizes, strict=True):
+            rank = rank * size + place
+        return rank
+
+    def index(self, dims: tuple[str, ...]) -> int:
+        """This rank's row-major number in its group over `dims`, in the order given."""
+        index = 0
+        for dim in dims:
+            if dim in self.sizes.dims:
+                place = self.sizes.dims.index(dim)
+                index = index * self.sizes.sizes[place] + self.coordinate[place]
+        return index
+
+
+def mesh_sizes(sizes: Mapping[str, int]) -> MeshSizes:
+    """Checked sizes: at least 1, each a whole number, names as in rules.
+
+    >>> mesh_sizes({"fsdp": 4, "tp": 2})
+    MeshSizes(dims=('fsdp', 'tp'), sizes=(4, 2))
+    """
+    problems = [
+        f"mesh dim {dim!r} has size {size!r}: a size is a whole number of at least 1"
+        for dim, size in sizes.items()
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1
+    ]
+    problems += [
+        f"{dim!r} is not a mesh dim's name" for dim in sizes if not (isinstance(dim, str) and dim.isidentifier())
+    ]
+    if problems:
+        raise MeshError(report(f"mesh {dict(sizes)!r}", problems, "write sizes as in dict(fsdp=4, tp=2)"))
+    return MeshSizes(tuple(sizes), tuple(sizes.values()))
+
+
+def infer_sizes(sizes: Mapping[str, int], world: int) -> MeshSizes:
+    """The sizes of a mesh over `world` processes, where one size may be -1: what is left.
+
+    >>> infer_sizes({"fsdp": -1, "tp": 2}, 8)
+    MeshSizes(dims=('fsdp', 'tp'), sizes=(4, 2))
+    """
+    open_dims = [dim for dim, size in sizes.items() if size == -1]
+    if len(open_dims) > 1:
+        raise MeshError(
+            report(f"mesh {dict(sizes)!r}", [f"only one size may be -1, not {open_dims}"], "give the others")
+        )
+    known = mesh_sizes({dim: size for dim, size in sizes.items() if size != -1})
+    product = math.prod(known.sizes)
+    whole = {dim: (world // product if size == -1 else size) for dim, size in sizes.items()}
+    if math.prod(whole.values()) != world or 0 in whole.values():
+        raise MeshError(
+            report(
+                f"mesh {dict(sizes)!r}",
+                [f"its sizes multiply to {product}{' times -1' if open_dims else ''}, but there are {world} processes"],
+                f"start {product} processes (torchrun --nproc-per-node={product}, ft.launch), choose sizes whose product "
+                f"is {world}, or run on threads with ft.simulate",
+            )
+        )
+    return mesh_sizes(whole)
+
+
+def check_dim(dim: str, mesh: MeshSizes) -> str:
+    """The complaint about a mesh dim that neither this mesh nor the standard has, or the empty string."""
+    if dim in mesh.dims or dim in STANDARD_DIMS:
+        return ""
+    return f"unknown mesh dim {dim!r}{nearest(dim, {*mesh.dims, *STANDARD_DIMS})}; this mesh has {list(mesh.dims)}"
+
+
+@lru_cache(maxsize=None)
+def _size(mesh: MeshSizes, dims: tuple[str, ...]) -> int:
+    sizes = dict(zip(mesh.dims, mesh.sizes, strict=True))
+    return math.prod(sizes.get(dim, 1) for dim in dims)

@@ -1,0 +1,111 @@
+"""The table that maps axis names to mesh dims.
+
+Invariant: a table is an immutable, ordered value; an earlier rule takes a mesh dim before a later one, for each tensor
+anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+
+from functitan.errors import RulesError, nearest, report
+from functitan.sharding.mesh import MeshSizes, check_dim
+
+Dims = tuple[str, ...]
+
+
+class AxisRules:
+    """An ordered table from axis name to mesh dims: one name, a tuple of them outermost first, or `None`.
+
+    `None` is written down: such an axis is whole on every rank. One table serves parameters and activations.
+
+    >>> rules = AxisRules({"batch": ("dp", "fsdp"), "mlp": "tp", "embed": "fsdp", "head_dim": None})
+    >>> rules["mlp"], rules["head_dim"]
+    (('tp',), ())
+    >>> rules.replace(embed=None)
+    AxisRules({'batch': ('dp', 'fsdp'), 'mlp': 'tp', 'embed': None, 'head_dim': None})
+    """
+
+    __slots__ = ("_hash", "_rules")
+
+    def __init__(self, rules: Mapping[str, str | Dims | None]):
+        problems = [problem for name, dims in rules.items() for problem in _problems(name, dims)]
+        if problems:
+            raise RulesError(report("AxisRules", problems, _FIX_TABLE))
+        self._rules = {name: _as_tuple(dims) for name, dims in rules.items()}
+        self._hash = hash(tuple(self._rules.items()))
+
+    def __getitem__(self, name: str) -> Dims:
+        return self._rules[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._rules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rules)
+
+    def items(self):
+        """The rules in their order, each as (name, tuple of mesh dims)."""
+        return self._rules.items()
+
+    def replace(self, **rules: str | Dims | None) -> AxisRules:
+        """Another table: given names keep their place in the order, new ones go to its end."""
+        return AxisRules({**self._rules, **rules})
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AxisRules) and list(self._rules.items()) == list(other._rules.items())
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __repr__(self) -> str:
+        short = {
+            name: (None if not dims else dims[0] if len(dims) == 1 else dims) for name, dims in self._rules.items()
+        }
+        return f"AxisRules({short!r})"
+
+
+@lru_cache(maxsize=None)
+def check_rules(rules: AxisRules, mesh: MeshSizes) -> None:
+    """Raise `RulesError` if the table names a mesh dim that neither this mesh nor the standard has."""
+    problems = [
+        f"rule {name!r}: {complaint}"
+        for name, dims in rules.items()
+        for dim in dims
+        if (complaint := check_dim(dim, mesh))
+    ]
+    if problems:
+        raise RulesError(report("AxisRules on this mesh", problems, "use one of the mesh's dims, or None"))
+
+
+def unknown_names(axes: tuple[str, ...], rules: AxisRules) -> list[str]:
+    """A complaint for each axis without a rule."""
+    return [
+        f"axis {name!r} of {' '.join(axes)!r} has no rule{nearest(name, rules)}"
+        for name in axes
+        if name not in rules and not name.startswith("_")
+    ]
+
+
+def _as_tuple(dims: str | Dims | None) -> Dims:
+    return () if dims is None else (dims,) if isinstance(dims, str) else tuple(dims)
+
+
+def _problems(name: object, dims: object) -> list[str]:
+    if not isinstance(name, str) or not name.isidentifier() or name.startswith("_"):
+        return [f"{name!r} is not an axis name: letters, digits and '_', beginning with a letter"]
+    if dims is not None and not isinstance(dims, (str, tuple, list)):
+        return [f"rule {name!r}: {dims!r} is neither a mesh dim, nor a tuple of them, nor None"]
+    dims = _as_tuple(dims)  # type: ignore[arg-type]
+    problems = [f"rule {name!r}: {dim!r} is not a mesh dim's name" for dim in dims if not isinstance(dim, str)]
+    if len(set(dims)) < len(dims):
+        problems.append(f"rule {name!r}: a mesh dim stands twice in {dims!r}")
+    if "pp" in dims:
+        problems.append(
+            f"rule {name!r}: 'pp' carries pipeline stages, which run different programs; no axis maps to it"
+        )
+    return problems
+
+
+_FIX_TABLE = "write rules as in AxisRules({'batch': ('dp', 'fsdp'), 'mlp': 'tp', 'head_dim': None})"

@@ -1,0 +1,193 @@
+"""A mesh of threads: every rank of an SPMD program in one process, with collectives that meet at a table.
+
+Invariant: the last rank to arrive at a collective works out every rank's result, summing in rank order, so results
+are the same bits in every run, and no rank reads another's tensor after it has gone on. A rank that fails, leaves, or
+runs another program ends the others with an error instead of a hang.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import itertools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from functitan.errors import CollectiveError, report
+from functitan.sharding.context import current, using
+from functitan.sharding.mesh import Mesh, MeshSizes, Transport, mesh_sizes
+from functitan.sharding.rules import Dims
+
+TIMEOUT_S = 120.0
+
+
+def simulate(*, timeout: float = TIMEOUT_S, **sizes: int) -> Callable[[Callable[..., Any]], Callable[..., list[Any]]]:
+    """A wrapper that runs `fn(mesh, *args)` once for each rank of a virtual mesh; the list of their results, by rank.
+
+    Each rank is a thread of this process with its own `mesh` value; ranks share `args`. `timeout` in seconds ends a
+    collective that a rank does not join. The first failing rank's error is raised, with its rank as a note.
+
+    >>> import functitan as ft
+    >>> simulate(dp=2, tp=2)(lambda mesh, x: x + mesh.rank)(10)
+    [10, 11, 12, 13]
+    """
+    known = mesh_sizes(sizes or {"dp": 1})
+
+    def wrap(fn: Callable[..., Any]) -> Callable[..., list[Any]]:
+        @functools.wraps(fn)
+        def run(*args: Any, **kwargs: Any) -> list[Any]:
+            return _run(fn, known, timeout, args, kwargs)
+
+        return run
+
+    return wrap
+
+
+def _run(fn: Callable[..., Any], sizes: MeshSizes, timeout: float, args: tuple, kwargs: dict) -> list[Any]:
+    coordinates = list(itertools.product(*(range(n) for n in sizes.sizes)))
+    table = _Table(len(coordinates), timeout)
+    results: list[Any] = [None] * len(coordinates)
+    grad = torch.is_grad_enabled()
+
+    def work(rank: int) -> None:
+        mesh = Mesh(sizes, coordinates[rank], _transport(table, sizes, coordinates[rank]))
+        env = current() if rank == 0 else current()._replace(ledger=None)
+        try:
+            with using(env), torch.set_grad_enabled(grad):
+                results[rank] = fn(mesh, *args, **kwargs)
+            table.leave(rank)
+        except BaseException as error:
+            table.leave(rank, error)
+
+    threads = [
+        threading.Thread(target=contextvars.copy_context().run, args=(work, rank), name=f"rank {rank}", daemon=True)
+        for rank in range(len(coordinates))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if table.errors:
+        rank, error = next(((r, e) for r, e in table.errors if not isinstance(e, CollectiveError)), table.errors[0])
+        error.add_note(f"on virtual rank {rank}, coordinate {dict(zip(sizes.dims, coordinates[rank], strict=True))}")
+        raise error
+    return results
+
+
+class _Table:
+    """Where the ranks of one virtual mesh meet. Its state lives as long as one `simulate` call."""
+
+    def __init__(self, world: int, timeout: float) -> None:
+        self.condition = threading.Condition()
+        self.timeout = timeout
+        self.counts: dict[tuple[int, tuple[int, ...]], int] = {}
+        self.arrived: dict[Any, dict[int, tuple[Any, Any]]] = {}
+        self.results: dict[Any, dict[int, Any]] = {}
+        self.left: set[int] = set()
+        self.errors: list[tuple[int, BaseException]] = []
+
+    def leave(self, rank: int, error: BaseException | None = None) -> None:
+        with self.condition:
+            self.left.add(rank)
+            if error is not None:
+                self.errors.append((rank, error))
+            self.condition.notify_all()
+
+    def meet(self, rank: int, group: tuple[int, ...], program: tuple, x: Any, combine: Callable[[list], list]) -> Any:
+        """Hand in `x`, wait for the group, and take away this rank's part of `combine` of all."""
+        with self.condition:
+            count = self.counts[rank, group] = self.counts.get((rank, group), 0) + 1
+            key = (group, count)
+            there = self.arrived.setdefault(key, {})
+            there[rank] = (program, x)
+            last = len(there) == len(group)
+        if last:
+            if len({program for program, _ in there.values()}) > 1:
+                raise CollectiveError(_disagree(there))
+            results = combine([there[member][1] for member in group])
+            with self.condition:
+                del self.arrived[key]
+                self.results[key] = dict(zip(group, results, strict=True))
+                self.condition.notify_all()
+        with self.condition:
+            done = self.condition.wait_for(
+                lambda: key in self.results or self.errors or any(r in self.left and r not in there for r in group),
+                self.timeout,
+            )
+            if key not in self.results:
+                raise CollectiveError(_missing(rank, group, there, program, self, done))
+            mine = self.results[key].pop(rank)
+            if not self.results[key]:
+                del self.results[key]
+            return mine
+
+
+def _transport(table: _Table, sizes: MeshSizes, coordinate: tuple[int, ...]) -> Transport:
+    strides = [1]
+    for n in reversed(sizes.sizes[1:]):
+        strides.insert(0, strides[0] * n)
+    me = sum(c * s for c, s in zip(coordinate, strides, strict=True))
+
+    @functools.lru_cache(maxsize=None)
+    def members(dims: Dims) -> tuple[int, ...]:
+        places = [sizes.dims.index(dim) for dim in dims]
+        base = me - sum(coordinate[p] * strides[p] for p in places)
+        return tuple(
+            base + sum(c * strides[p] for c, p in zip(at, places, strict=True))
+            for at in itertools.product(*(range(sizes.sizes[p]) for p in places))
+        )
+
+    def meet(kind: str, x: torch.Tensor, dims: Dims, note: tuple, combine: Callable[[list], list]) -> Any:
+        return table.meet(me, members(dims), (kind, dims, tuple(x.shape), str(x.dtype), *note), x, combine)
+
+    def all_gather(x, dims, note):
+        return meet("all_gather", x, dims, note, lambda xs: [torch.stack(xs) for _ in xs])
+
+    def reduce_scatter(x, dims, op, note):
+        reduce = _REDUCE[op]
+        return meet("reduce_scatter", x, dims, note, lambda xs: [reduce([x[i] for x in xs]) for i in range(len(xs))])
+
+    def all_reduce(x, dims, op, note):
+        def combine(xs):
+            total = _REDUCE[op](xs)
+            return [total, *(total.clone() for _ in xs[1:])]
+
+        return meet("all_reduce", x, dims, note, combine)
+
+    def all_to_all(x, dims, note):
+        return meet("all_to_all", x, dims, note, lambda xs: [torch.stack([x[i] for x in xs]) for i in range(len(xs))])
+
+    def permute(x, dims, shift, note):
+        return meet("permute", x, dims, note, lambda xs: [xs[(i - shift) % len(xs)].clone() for i in range(len(xs))])
+
+    return Transport("virtual", all_gather, reduce_scatter, all_reduce, all_to_all, permute)
+
+
+_REDUCE: dict[str, Callable[[list[torch.Tensor]], torch.Tensor]] = {
+    "sum": lambda xs: functools.reduce(torch.add, xs[1:], xs[0].clone()),
+    "max": lambda xs: functools.reduce(torch.maximum, xs[1:], xs[0].clone()),
+}
+
+
+def _disagree(there: dict[int, tuple[Any, Any]]) -> str:
+    lines = [f"rank {rank} runs {_program(program)}" for rank, (program, _) in sorted(there.items())]
+    return report("ranks of one group run different programs", lines, "every rank runs the same ops in the same order")
+
+
+def _missing(rank: int, group: tuple, there: dict, program: tuple, table: _Table, done: bool) -> str:
+    absent = sorted(set(group) - set(there))
+    if table.errors:
+        why = [f"rank {r} failed: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}" for r, e in table.errors[:1]]
+    elif done:
+        why = [f"rank {r} left without joining" for r in absent if r in table.left]
+    else:
+        why = [f"ranks {absent} did not join within {table.timeout:g} s"]
+    return report(f"rank {rank} waited in {_program(program)}", why, "every rank runs the same ops in the same order")
+
+
+def _program(program: tuple) -> str:
+    kind, dims, shape, dtype, *note = program
+    return f"{kind} over {'·'.join(dims)} of {dtype.removeprefix('torch.')}{list(shape)} for {' '.join(map(repr, note))}"
