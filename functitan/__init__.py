@@ -1,1 +1,22 @@
-"""Named-axis, functional distributed training on torch: the axis pattern of a tensor is its type."""
+"""functitan: functional SPMD training in pure PyTorch. Every tensor axis has a name; one table maps names to the mesh."""
+
+from functitan import random, tree
+from functitan.axes import parse_axes
+from functitan.errors import (
+    CollectiveError,
+    DonatedError,
+    FunctitanError,
+    LayoutError,
+    MeshError,
+    PatternError,
+    RulesError,
+)
+from functitan.ops.einsum import einsum
+from functitan.ops.move import constrain, reshard, shard, unshard
+from functitan.ops.reduce import broadcast, reduce
+from functitan.param import Param
+from functitan.sharding.context import record, spmd
+from functitan.sharding.distributed import launch, make_mesh
+from functitan.sharding.init import init
+from functitan.sharding.rules import AxisRules
+from functitan.sharding.virtual import simulate

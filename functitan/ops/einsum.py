@@ -1,0 +1,95 @@
+"""`ft.einsum`: products of named tensors that work out their own communication.
+
+Invariant: without a mesh, or where nothing has to move, it is a few plain torch ops; the value is the same on every mesh.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from functitan.axes import Signature, parse_signature, write_axes
+from functitan.errors import PatternError, nearest, report
+from functitan.ops.contraction import Type, contract
+from functitan.ops.local import product
+from functitan.sharding.collectives import Label
+from functitan.sharding.context import current
+from functitan.sharding.plan import Contraction, terms_of
+
+
+def einsum(pattern: str, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+    """Products of tensors, summed over the axes that a result lacks.
+
+    `"batch embed, embed mlp -> batch mlp"`: one result. With several results (a tuple comes back) the last operands
+    belong to one result each and those before them to all: `"x, q, k -> xq, xk"` gathers `x` once, and adds the
+    cotangents of `x` before one reduction. Tensors are local shards. Transpose: einsums of the permuted patterns.
+    Raises `PatternError` for a pattern that does not fit the tensors.
+
+    >>> x, w, v = torch.ones(2, 3), torch.ones(3, 4), torch.ones(3, 5)
+    >>> einsum("batch embed, embed mlp -> batch mlp", x, w).shape
+    torch.Size([2, 4])
+    >>> [y.shape[1] for y in einsum("batch embed, embed mlp, embed heads -> batch mlp, batch heads", x, w, v)]
+    [4, 5]
+    """
+    signature, typed = _parse(pattern)
+    env = current()
+    if env.mesh is None:
+        _check_local(pattern, signature, tuple([x.shape for x in tensors]))
+        results = _products(signature, tensors)
+    else:
+        _check_count(pattern, signature, len(tensors))
+        results = contract(typed, tensors, env, Label("einsum", pattern))
+    return results[0] if len(results) == 1 else results
+
+
+def _products(signature: Signature, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    if len(signature.results) == 1:
+        return (product(signature.operands, signature.results[0], tensors),)
+    terms = terms_of(len(tensors), len(signature.results))
+    return tuple(
+        product(tuple(signature.operands[i] for i in term.operands), result, tuple(tensors[i] for i in term.operands))
+        for term, result in zip(terms, signature.results, strict=True)
+    )
+
+
+@lru_cache(maxsize=None)
+def _parse(pattern: str) -> tuple[Signature, Contraction]:
+    signature = parse_signature(pattern)
+    operands, results = signature
+    if len(operands) < len(results):
+        problem = f"{len(results)} results for {len(operands)} operands: the last operands belong to one result each"
+        raise PatternError(report(f"einsum({pattern!r})", [problem], "give at least one operand for each result"))
+    terms = terms_of(len(operands), len(results))
+    problems = []
+    for term, result in zip(terms, results, strict=True):
+        known = {axis for i in term.operands for axis in operands[i]}
+        problems += [f"result {write_axes(result)!r} has axis {axis!r}{nearest(axis, known)}, which none of its operands has"
+                     for axis in result if axis not in known]
+    if problems:
+        raise PatternError(report(f"einsum({pattern!r})", problems, "ft.broadcast gives a tensor an axis that it lacks"))
+    typed = Contraction(tuple(map(Type, operands)), tuple(map(Type, results)), terms, ())  # type: ignore[arg-type]
+    return signature, typed
+
+
+@lru_cache(maxsize=None)
+def _check_local(pattern: str, signature: Signature, shapes: tuple[torch.Size, ...]) -> None:
+    _check_count(pattern, signature, len(shapes))
+    sizes: dict[str, int] = {}
+    problems = []
+    for i, (axes, shape) in enumerate(zip(signature.operands, shapes, strict=True)):
+        if len(axes) != len(shape):
+            problems.append(f"operand {i} {write_axes(axes)!r} has {len(axes)} names, its tensor {len(shape)} dimensions: {tuple(shape)}")
+            continue
+        for axis, size in zip(axes, shape, strict=True):
+            if sizes.setdefault(axis, size) != size:
+                problems.append(f"axis {axis!r} is {size} in operand {i} {write_axes(axes)!r} but {sizes[axis]} in an earlier one")
+    if problems:
+        raise PatternError(report(f"einsum({pattern!r})", problems, "give each axis one size, in every operand"))
+
+
+def _check_count(pattern: str, signature: Signature, count: int) -> None:
+    if len(signature.operands) != count:
+        problem = f"the pattern has {len(signature.operands)} operands, the call {count} tensors"
+        raise PatternError(report(f"einsum({pattern!r})", [problem], "give one tensor for each operand, in order"))

@@ -1,0 +1,137 @@
+"""The one autograd Function behind every named op, and the axes that vmap hides.
+
+Invariant: an op is a value of pure functions, and a call of it carries all that its derivatives need. Layouts are
+decided when the op is called, from the axes that the caller sees and those that `ft.vmap` hides; the Function runs
+only after every transform has been peeled off. Also the one user of `torch._C._functorch` (tried on torch 2.11, 2.13).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C import _functorch as functorch
+
+from functitan.sharding.collectives import refuse_forward_mode
+from functitan.sharding.context import Env
+
+Levels = tuple[int, ...]  # the functorch levels of the vmaps that batch a tensor, outermost first
+
+
+class Op(NamedTuple):
+    """A named op: how to run it on plain shards, and its derivatives in terms of named ops."""
+
+    name: str
+    run: Callable[..., tuple[Tensor, ...]]  # (call, *tensors) -> results
+    vjp: Callable[..., tuple[Tensor | None, ...]]  # (call, tensors, results, cotangents, wanted) -> cotangents
+    jvp: Callable[..., tuple[Tensor | None, ...]] | None  # (call, tensors, results, tangents) -> tangents
+    saves_results: bool = False
+    saves_operands: bool = True
+
+
+class Call(NamedTuple):
+    """One call of an op: its surroundings, its static data, and the levels of vmap still hidden in each tensor."""
+
+    op: Op
+    env: Env
+    static: Any
+    operands: tuple[Levels, ...]
+    results: tuple[Levels, ...]
+
+    def transposed(self) -> Env:
+        """The surroundings of the ops that its vjp calls."""
+        return self.env._replace(phase="backward") if self.env.phase == "forward" else self.env
+
+
+def apply(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Call an op on tensors, differentiably where any transform or autograd is at work."""
+    if not transforms_active() and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        return tuple(call.op.run(call, *tensors))
+    return _NamedOp.apply(call, *tensors)
+
+
+class Hidden(NamedTuple):
+    """One axis of a tensor that a vmap hides: its level, its name, and its local size."""
+
+    level: int
+    axis: str
+    size: int
+
+
+def hidden_axes(x: Tensor, env: Env) -> tuple[Hidden, ...]:
+    """The axes that vmaps hide in a tensor, outermost first; an axis of `torch.func.vmap` gets a name without a rule."""
+    if not transforms_active():
+        return ()
+    names, found = dict(env.vmap_axes), []
+    while True:
+        if functorch.is_batchedtensor(x):
+            level, place = functorch.maybe_get_level(x), functorch.maybe_get_bdim(x)
+            x = functorch.get_unwrapped(x)
+            found.append(Hidden(level, names.get(level, f"_vmap{level}"), x.shape[place]))
+        elif functorch.is_gradtrackingtensor(x):
+            x = functorch.get_unwrapped(x)
+        else:
+            return tuple(reversed(found))
+
+
+def transforms_active() -> bool:
+    """True inside any torch.func transform."""
+    return functorch.peek_interpreter_stack() is not None
+
+
+def current_level() -> int:
+    """The level of the innermost transform around the caller."""
+    return functorch.maybe_current_level()
+
+
+class _NamedOp(torch.autograd.Function):
+    @staticmethod
+    def forward(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        assert not any(call.operands), "a batched tensor reached the innermost call"
+        # an output that is an input (nothing to do on this rank) would confuse autograd: give it a view of its own
+        return tuple(y.view_as(y) if any(y is x for x in tensors) else y for y in call.op.run(call, *tensors))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.call, *tensors = inputs
+        op = ctx.call.op
+        saved = (tensors if op.saves_operands else []) + (list(output) if op.saves_results else [])
+        ctx.num_operands = len(tensors)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(y for y in output if not y.is_floating_point()))
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        wanted = tuple(i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed)
+        if not wanted or all(g is None for g in cotangents):
+            return (None,) * (1 + ctx.num_operands)
+        given = dict(zip(wanted, ctx.call.op.vjp(ctx.call, *_saved(ctx), cotangents, wanted), strict=True))
+        return (None, *(given.get(i) for i in range(ctx.num_operands)))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:  # type: ignore[override]
+        refuse_forward_mode(ctx.call.env.mesh, ctx.call.op.name)
+        assert ctx.call.op.jvp is not None
+        return tuple(ctx.call.op.jvp(ctx.call, *_saved(ctx), tangents))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], call: Call, *tensors: Tensor) -> Any:  # type: ignore[override]
+        batched = [i for i, place in enumerate(in_dims[1:]) if place is not None]
+        level = call.operands[batched[0]][-1]
+        assert all(call.operands[i][-1] == level for i in batched)
+        moved = [x if place is None else x.movedim(place, 0) for x, place in zip(tensors, in_dims[1:], strict=True)]
+        inner = call._replace(operands=_without(level, call.operands), results=_without(level, call.results))
+        return _NamedOp.apply(inner, *moved), tuple(0 if level in levels else None for levels in call.results)
+
+
+def _saved(ctx: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    split = ctx.num_operands if ctx.call.op.saves_operands else 0
+    return ctx.saved_tensors[:split], ctx.saved_tensors[split:]
+
+
+def _without(level: int, tensors: tuple[Levels, ...]) -> tuple[Levels, ...]:
+    return tuple(tuple(other for other in levels if other != level) for levels in tensors)

@@ -1,0 +1,133 @@
+"""Moves between layouts: `constrain`, `reshard`, `shard`, `unshard`.
+
+Invariant: each is the identity of global values, a contraction with one operand whose result has another layout. Its
+transpose moves back.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from functitan import tree
+from functitan.axes import Axes, parse_axes, parse_signature, write_axes
+from functitan.errors import LayoutError, MeshError, PatternError, report
+from functitan.ops.contraction import Type, contract
+from functitan.param import Param
+from functitan.sharding.collectives import Label
+from functitan.sharding.context import Env, as_mesh, current
+from functitan.sharding.layout import block_of, check_rank, divisibility, layout_of, whole
+from functitan.sharding.mesh import Mesh
+from functitan.sharding.plan import Contraction, Term
+from functitan.sharding.rules import AxisRules, check_rules
+
+
+def constrain(pattern: str, x: Tensor) -> Tensor:
+    """Move a tensor by renaming its axes: `"batch seq embed -> batch whole_seq embed"`.
+
+    The rules give the new names their layout. Transpose: the move back.
+
+    >>> import torch
+    >>> constrain("batch seq -> batch whole_seq", torch.ones(2, 3)).shape
+    torch.Size([2, 3])
+    """
+    axes, names = _parse(pattern)
+    check_rank(axes, tuple(x.shape), f"constrain({pattern!r})")
+    env = current()
+    if env.mesh is None:
+        return x
+    typed = Contraction((Type(axes),), (Type(axes, lookup=names),), (Term(0, (0,)),), ())  # type: ignore[arg-type]
+    return contract(typed, (x,), env, Label("constrain", pattern))[0]
+
+
+def reshard(values: tree.Tree, patterns: tree.Tree, *, to_rules: AxisRules) -> tree.Tree:
+    """Move a tree of shards from the rules in force to another table, inside `ft.spmd`. Transpose: the move back.
+
+    `patterns` is a tree (or a prefix) of patterns, or of `Param`s. Use the result inside `ft.spmd(..., rules=to_rules)`.
+    """
+    env = current()
+    if env.mesh is None:
+        return values
+    check_rules(to_rules, env.mesh.sizes)
+    assert env.rules is not None
+    return _moved(values, patterns, env, env.rules, to_rules, "reshard")
+
+
+def shard(values: tree.Tree, patterns: tree.Tree, *, mesh: Mesh | DeviceMesh | None, rules: AxisRules | None) -> tree.Tree:
+    """This rank's shards of a tree of global values, which every rank has. Nothing is sent.
+
+    `patterns` is a tree or a prefix of patterns; `None` keeps a leaf whole. Raises `LayoutError` that lists every leaf
+    whose sizes its mesh dims do not divide, before any is cut.
+    """
+    known = as_mesh(mesh)
+    if known is None:
+        return values
+    leaves, structure = tree.flatten(values)
+    axes = _axes_of(values, patterns, "ft.shard")
+    layouts = [layout_of(a, _table(rules), known.sizes) if a is not None else None for a in axes]
+    problems = []
+    for path, x, layout in zip(tree.paths(values), leaves, layouts, strict=True):
+        if layout is not None:
+            check_rank(layout.axes, tuple(x.shape), path)
+            problems += divisibility(layout, tuple(x.shape), known.sizes, path)
+    if problems:
+        raise LayoutError(report("ft.shard", problems, "change the sizes, the mesh, or the rules of those axes"))
+    return tree.unflatten(
+        structure,
+        [
+            x if layout is None else x[block_of(layout, tuple(x.shape), known)].contiguous() if any(layout.dims) else x
+            for x, layout in zip(leaves, layouts, strict=True)
+        ],
+    )
+
+
+def unshard(values: tree.Tree, patterns: tree.Tree, *, mesh: Mesh | DeviceMesh | None, rules: AxisRules | None) -> tree.Tree:
+    """The tree of global values, on every rank, of a tree of shards. Transpose: `shard`."""
+    known = as_mesh(mesh)
+    if known is None:
+        return values
+    env = current()._replace(mesh=known, rules=_table(rules))
+    return _moved(values, patterns, env, env.rules, None, "unshard")
+
+
+def _moved(values: tree.Tree, patterns: tree.Tree, env: Env, rules: AxisRules | None, to: AxisRules | None, op: str) -> tree.Tree:
+    leaves, structure = tree.flatten(values)
+    moved = []
+    for x, axes in zip(leaves, _axes_of(values, patterns, f"ft.{op}"), strict=True):
+        if axes is None:
+            moved.append(x)
+            continue
+        check_rank(axes, tuple(x.shape), f"ft.{op}")
+        goal = Type(axes, layout=whole(axes)) if to is None else Type(axes, rules=to)
+        typed = Contraction((Type(axes, rules=rules),), (goal,), (Term(0, (0,)),), ())  # type: ignore[arg-type]
+        moved.append(contract(typed, (x,), env, Label(op, write_axes(axes)))[0])
+    return tree.unflatten(structure, moved)
+
+
+def _axes_of(values: tree.Tree, patterns: tree.Tree, what: str) -> list[Axes | None]:
+    """The axes of each leaf, from a tree or prefix of patterns, `Param`s and `None`."""
+    return [axes_of(pattern) for pattern in tree.broadcast_prefix(patterns, values, what)]
+
+
+def axes_of(pattern: Any) -> Axes | None:
+    """The axes of a pattern, a `Param` or `None` (no pattern: equal on every rank)."""
+    return None if pattern is None else parse_axes(pattern.pattern if isinstance(pattern, Param) else pattern)
+
+
+def _table(rules: AxisRules | None) -> AxisRules:
+    if not isinstance(rules, AxisRules):
+        raise MeshError(report("sharding on a mesh", [f"rules is {rules!r}"], "give a table: rules=ft.AxisRules({...})"))
+    return rules
+
+
+@lru_cache(maxsize=None)
+def _parse(pattern: str) -> tuple[Axes, Axes]:
+    signature = parse_signature(pattern)
+    (axes, *more), (names, *others) = signature
+    if more or others or len(axes) != len(names):
+        problem = f"constrain renames the axes of one tensor, one for one; this has {signature}"
+        raise PatternError(report(f"constrain({pattern!r})", [problem], "write as in 'batch seq -> batch whole_seq'"))
+    return axes, names

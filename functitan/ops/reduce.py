@@ -1,0 +1,149 @@
+"""`ft.reduce` over named axes, and `ft.broadcast`, its transpose.
+
+Invariant: a sum's transpose is a broadcast and a broadcast's a sum, so that gradients of what is shared are summed over
+the ranks that share it. After a broadcast, plain elementwise torch ops are right.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from functitan.axes import Axes, parse_signature, write_axes
+from functitan.errors import PatternError, nearest, report
+from functitan.ops.contraction import Type, contract, resolve
+from functitan.ops.function import Call, Op, apply
+from functitan.ops.local import product
+from functitan.sharding.collectives import Label
+from functitan.sharding.context import Env, current
+from functitan.sharding.layout import check_rank
+from functitan.sharding.plan import Contraction, Term
+
+_OPS = ("sum", "mean", "max", "logsumexp")
+
+
+def reduce(pattern: str, x: Tensor, op: str = "sum") -> Tensor:
+    """Sum, mean, max or logsumexp over the axes that the result lacks.
+
+    `"batch seq embed -> batch seq"`. Transposes: of the sum, `broadcast`; of the mean, the same over the count; the
+    others have vjps of their own (ties of a max share their cotangent equally, as in `torch.amax`). logsumexp is exact
+    against overflow: the maximum is taken over all ranks first. Raises `PatternError`.
+
+    >>> reduce("batch embed -> batch", torch.ones(2, 3), op="mean")
+    tensor([1., 1.])
+    """
+    axes, result = _parse(pattern, "reduce")
+    if op not in _OPS:
+        raise PatternError(report(f"reduce({pattern!r})", [f"op {op!r}{nearest(op, _OPS)}"], f"use one of {list(_OPS)}"))
+    check_rank(axes, tuple(x.shape), f"reduce({pattern!r})")
+    env, label = current(), Label("reduce", pattern)
+    if op == "sum":
+        return _sum(axes, result, x, env, label)
+    if op == "mean":
+        return _sum(axes, result, x, env, label) / _count(axes, result, x, env, label)
+    if op == "max":
+        return _max(axes, result, x, env, label)
+    return _logsumexp(axes, result, x, env, label)
+
+
+def broadcast(pattern: str, x: Tensor, **sizes: int) -> Tensor:
+    """Give a tensor axes that it lacks: `"embed -> batch seq embed"`. Transpose: the sum over them, over all ranks.
+
+    A new axis has local size 1, which elementwise ops expand, unless `sizes` gives its global size. This is how a
+    parameter meets an activation elementwise: a plain `x * scale` would lose the sum of the scale's gradient over ranks.
+
+    >>> broadcast("embed -> batch embed", torch.ones(3)).shape, broadcast("a -> b a", torch.ones(3), b=2).shape
+    (torch.Size([1, 3]), torch.Size([2, 3]))
+    """
+    axes, result = _parse(pattern, "broadcast")
+    check_rank(axes, tuple(x.shape), f"broadcast({pattern!r})")
+    env, label = current(), Label("broadcast", pattern)
+    new = tuple(axis for axis in result if axis not in axes)
+    problems = [f"axis {axis!r} of the operand is not in the result" for axis in axes if axis not in result]
+    problems += [f"a size is given for {axis!r}, which is not a new axis: {new}" for axis in sizes if axis not in new]
+    if problems:
+        raise PatternError(report(f"broadcast({pattern!r})", problems, "ft.reduce takes axes away, ft.broadcast adds them"))
+    if env.mesh is None:
+        return product((axes,), result, (x,), tuple((axis, sizes.get(axis, 1)) for axis in new))
+    typed = _contraction(axes, result)
+    (layout,) = resolve(typed._replace(sizes=tuple((axis, 0) for axis in new)), (x,), env, label)[0].results
+    known = tuple((axis, sizes.get(axis, env.mesh.sizes.size(layout.of(axis)))) for axis in new)
+    bad = [f"axis {axis!r} of size {size} is not divisible by {layout.of(axis)}" for axis, size in known
+           if size % env.mesh.sizes.size(layout.of(axis))]
+    if bad:
+        raise PatternError(report(f"broadcast({pattern!r})", bad, "give a size that the mesh dims divide, or none"))
+    return contract(typed._replace(sizes=known), (x,), env, label)[0]
+
+
+def _sum(axes: Axes, result: Axes, x: Tensor, env: Env, label: Label) -> Tensor:
+    if env.mesh is None:
+        return product((axes,), result, (x,))
+    return contract(_contraction(axes, result), (x,), env, label)[0]
+
+
+def _spread(axes: Axes, result: Axes, x: Tensor, env: Env, label: Label, sizes: dict[str, int]) -> Tensor:
+    """Back from the result's axes to the operand's, each rank with the part that it holds."""
+    if env.mesh is None:
+        return product((result,), axes, (x,), tuple((axis, 1) for axis in axes if axis not in result))
+    return contract(_contraction(result, axes)._replace(sizes=tuple(sizes.items())), (x,), env, label)[0]
+
+
+def _count(axes: Axes, result: Axes, x: Tensor, env: Env, label: Label) -> int:
+    sizes = _sizes(axes, result, x, env, label)
+    return math.prod(sizes[axis] for axis in axes if axis not in result)
+
+
+def _sizes(axes: Axes, result: Axes, x: Tensor, env: Env, label: Label) -> dict[str, int]:
+    """Global sizes of the operand's axes."""
+    if env.mesh is None:
+        return dict(zip(axes, x.shape, strict=True))
+    return dict(resolve(_contraction(axes, result), (x,), env, label)[0].sizes)
+
+
+def _maximum(axes: Axes, result: Axes, x: Tensor, env: Env, label: Label) -> Tensor:
+    """The maximum, without a derivative."""
+    x = x.detach()
+    if env.mesh is None:
+        places = [i for i, axis in enumerate(axes) if axis not in result]
+        kept = tuple(axis for axis in axes if axis in result)
+        return product((kept,), result, (x.amax(places) if places else x,))
+    return contract(_contraction(axes, result), (x,), env, label, reduction="max")[0]
+
+
+def _max(axes: Axes, result: Axes, x: Tensor, env: Env, label: Label) -> Tensor:
+    """The maximum as the mean of its ties, which gives it its derivative."""
+    sizes = _sizes(axes, result, x, env, label)
+    top = _spread(axes, result, _maximum(axes, result, x, env, label), env, label, sizes)
+    ties = x.detach() == top
+    count = _sum(axes, result, ties.to(x.dtype), env, label)
+    return _sum(axes, result, torch.where(ties, x, torch.zeros_like(x)), env, label) / count
+
+
+def _logsumexp(axes: Axes, result: Axes, x: Tensor, env: Env, label: Label) -> Tensor:
+    sizes = _sizes(axes, result, x, env, label)
+    top = _maximum(axes, result, x, env, label)
+    top = torch.where(top.isinf(), torch.zeros_like(top), top)  # all -inf gives -inf, not nan
+    shifted = x - _spread(axes, result, top, env, label, sizes)
+    return _sum(axes, result, shifted.exp(), env, label).log() + top
+
+
+@lru_cache(maxsize=None)
+def _parse(pattern: str, op: str) -> tuple[Axes, Axes]:
+    signature = parse_signature(pattern)
+    if len(signature.operands) != 1 or len(signature.results) != 1:
+        problem = f"{len(signature.operands)} operands and {len(signature.results)} results"
+        raise PatternError(report(f"{op}({pattern!r})", [problem], f"ft.{op} takes one tensor and gives one"))
+    (axes,), (result,) = signature
+    missing = [axis for axis in result if axis not in axes]
+    if op == "reduce" and missing:
+        problems = [f"result {write_axes(result)!r} has axis {axis!r}{nearest(axis, axes)}, which the operand lacks" for axis in missing]
+        raise PatternError(report(f"reduce({pattern!r})", problems, "ft.broadcast gives a tensor an axis that it lacks"))
+    return axes, result
+
+
+@lru_cache(maxsize=None)
+def _contraction(axes: Axes, result: Axes) -> Contraction:
+    return Contraction((Type(axes),), (Type(result),), (Term(0, (0,)),), ())  # type: ignore[arg-type]

@@ -1,0 +1,85 @@
+"""Declarations of parameters: a pattern, a global shape, and how it begins.
+
+Invariant: a `Param` is a leaf, and allocates nothing. An initializer makes any block of the global value alone, the
+same bits whoever asks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from functitan import random
+from functitan.axes import parse_axes
+from functitan.errors import PatternError, report
+
+Block = tuple[slice, ...] | None
+Initializer = Callable[[Tensor, "Param", Block], Tensor]  # (key, declaration, block of the global value) -> the block
+
+
+@dataclass(frozen=True)
+class Param:
+    """One parameter: the pattern names its axes, `shape` is global, `init` makes its first value (default: by fan-in).
+
+    >>> Param("embed mlp", (256, 768))
+    Param('embed mlp', (256, 768))
+    """
+
+    pattern: str
+    shape: tuple[int, ...]
+    init: Initializer = field(default_factory=lambda: fan_in())
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))
+        problems = [] if len(parse_axes(self.pattern)) == len(self.shape) else [
+            f"pattern {self.pattern!r} names {len(parse_axes(self.pattern))} axes, the shape has {len(self.shape)}: {self.shape}"
+        ]
+        problems += [f"size {n!r} is not a whole number of at least 1" for n in self.shape if not isinstance(n, int) or n < 1]
+        if problems:
+            raise PatternError(report(f"Param({self.pattern!r}, {self.shape})", problems, "name each dimension once, in order"))
+
+    def __repr__(self) -> str:
+        dtype = "" if self.dtype == torch.float32 else f", dtype={self.dtype}"
+        return f"Param({self.pattern!r}, {self.shape}{dtype})"
+
+
+def normal(std: float) -> Initializer:
+    """Normal values of mean 0."""
+    return lambda key, param, block: random.normal(key, param.shape, dtype=param.dtype, block=block).mul_(std)
+
+
+def uniform(low: float, high: float) -> Initializer:
+    """Uniform values in [low, high)."""
+    return lambda key, param, block: random.uniform(key, param.shape, low=low, high=high, dtype=param.dtype, block=block)
+
+
+def constant(value: float) -> Initializer:
+    """One value everywhere."""
+
+    def make(key: Tensor, param: Param, block: Block) -> Tensor:
+        shape = param.shape if block is None else tuple(part.stop - part.start for part in block)
+        return torch.full(shape, value, dtype=param.dtype, device=key.device)
+
+    return make
+
+
+def fan_in(*axes: str) -> Initializer:
+    """Normal values with variance 1 / (product of the sizes of `axes`), by default of all axes but the last.
+
+    LeCun et al., Efficient BackProp, 1998.
+    """
+
+    def make(key: Tensor, param: Param, block: Block) -> Tensor:
+        sizes = dict(zip(parse_axes(param.pattern), param.shape, strict=True))
+        names = axes or tuple(sizes)[:-1] or tuple(sizes)
+        return normal(math.prod(sizes[axis] for axis in names) ** -0.5)(key, param, block)
+
+    return make
+
+
+zeros, ones = constant(0.0), constant(1.0)
