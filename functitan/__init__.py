@@ -11,7 +11,10 @@ from functitan.errors import (
     PatternError,
     RulesError,
 )
+from functitan.ops.attention import attention
 from functitan.ops.einsum import einsum
+from functitan.ops.lookup import iota, select, take
+from functitan.ops.loss import cross_entropy
 from functitan.ops.move import constrain, reshard, shard, unshard
 from functitan.ops.reduce import broadcast, reduce
 from functitan.param import Param
@@ -20,3 +23,5 @@ from functitan.sharding.distributed import launch, make_mesh
 from functitan.sharding.init import init
 from functitan.sharding.rules import AxisRules
 from functitan.sharding.virtual import simulate
+from functitan.transforms.grad import grad, hvp, jvp, value_and_grad
+from functitan.transforms.vmap import vmap

@@ -17,7 +17,7 @@ from functitan.ops.local import product
 from functitan.sharding.collectives import Label, run_step
 from functitan.sharding.context import Env
 from functitan.sharding.layout import Layout, layout_of
-from functitan.sharding.plan import Contraction, Plan, Term, cotangents, plan, tangents
+from functitan.sharding.plan import Contraction, Fixed, Plan, Term, cotangents, plan, tangents
 from functitan.sharding.rules import AxisRules
 
 
@@ -51,13 +51,13 @@ class Static(NamedTuple):
     plan: Plan
     label: Label
     reduction: str
-    fixed: tuple[tuple[str, str], ...]
+    fixed: Fixed
     dtypes: tuple[Any, ...]
 
 
 def contract(
     typed: Contraction, tensors: tuple[Tensor, ...], env: Env, label: Label,
-    fixed: tuple[tuple[str, str], ...] = (), reduction: str = "sum",
+    fixed: Fixed = Fixed(), reduction: str = "sum",
 ) -> tuple[Tensor, ...]:
     """Run a contraction whose operands and results are `Type`s, on local shards; `typed.sizes` adds sizes to theirs."""
     assert env.mesh is not None
@@ -124,7 +124,12 @@ def _vjp(call: Call, tensors: tuple[Tensor, ...], _: Any, grads: tuple[Tensor | 
     saved = tensors or (None,) * len(static.typed.operands)
     values = [*saved, *(grads[i] for i in given)]
     inputs = tuple(values[i] for i in used)
-    _check_cotangents(call, tuple(wanted[r] for r in results), inputs, typed)
+    full, _ = resolve(typed, inputs, call.env, static.label)
+    places = [wanted[r] for r in results]
+    check_cotangents(
+        [(static.typed.operands[i].axes, static.full.operands[i], layout) for i, layout in zip(places, full.results, strict=True)],
+        static.label,
+    )
     outs = contract(typed, inputs, call.transposed(), static.label, static.fixed)
     found = dict(zip(results, outs, strict=True))
     return tuple(found[r].to(static.dtypes[i]) if r in found else None for r, i in enumerate(wanted))
@@ -167,7 +172,7 @@ def _local(typed: Contraction, chosen: Plan, r: int, tensors: tuple[Tensor, ...]
     return parts[0] if len(parts) == 1 else sum(parts[1:], parts[0])
 
 
-def _transposes_locally(full: Contraction, env: Env, fixed: tuple[tuple[str, str], ...]) -> bool:
+def _transposes_locally(full: Contraction, env: Env, fixed: Fixed) -> bool:
     assert env.mesh is not None
     back = cotangents(full, tuple(range(len(full.operands))), tuple(range(len(full.results))))
     return plan(back, env.mesh.sizes, fixed).is_local
@@ -197,27 +202,7 @@ def _global_sizes(
                     f"but {sizes[axis]} in an earlier one"
                 )
     if problems:
-        raise PatternError(report(f"{label.op}({label.pattern!r})", problems, _FIX_SIZES))
-    return {**known, **sizes}
-
-
-def _check_cotangents(call: Call, wanted: tuple[int, ...], tensors: tuple[Any, ...], typed: Contraction) -> None:
-    """A cotangent must lie as its operand does; a hidden sharded axis that takes the operand's mesh dim forbids it."""
-    full, _ = resolve(typed, tensors, call.env, call.static.label)
-    problems = []
-    for layout, i in zip(full.results, wanted, strict=True):
-        own: Layout = call.static.full.operands[i]
-        problems += [
-            f"operand {i} ({write_axes(call.static.typed.operands[i].axes)!r}): axis {axis!r} lies over {own.of(axis)}, but in its "
-            f"gradient for each {layout.axes[0]!r} over {layout.of(axis)}"
-            for axis in call.static.typed.operands[i].axes
-            if own.of(axis) != layout.of(axis)
-        ]
-    if problems:
-        raise LayoutError(report(f"vmap of the gradient of {call.static.label.op}({call.static.label.pattern!r})", problems, _FIX_VMAP))
-
-
-_FIX_SIZES = "tensors are local shards: make them with ft.shard or ft.init, and give each axis one size"
+        raise PatternError(report(f"{label.op}({label.pattern!r})", problems, _FIX_SIZES = "tensors are local shards: make them with ft.shard or ft.init, and give each axis one size"
 _FIX_VMAP = (
     "reshard the parameters first, so that the hidden axis can have the mesh dim: params = ft.reshard(params, patterns, "
     "to_rules=rules.replace(embed=None)), then differentiate inside ft.spmd(..., rules=those rules)"

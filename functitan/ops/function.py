@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
+from torch.autograd import forward_ad
 
 from functitan.sharding.collectives import refuse_forward_mode
 from functitan.sharding.context import Env
@@ -79,6 +80,13 @@ def hidden_axes(x: Tensor, env: Env) -> tuple[Hidden, ...]:
 def transforms_active() -> bool:
     """True inside any torch.func transform."""
     return functorch.peek_interpreter_stack() is not None
+
+
+def needs_higher_derivatives() -> bool:
+    """True where a kernel with no more than a first reverse derivative would fail: nested transforms, forward mode."""
+    stack = functorch.get_interpreter_stack() or []
+    reverse = sum(level.key() == functorch.TransformType.Grad for level in stack)
+    return reverse > 1 or len(stack) > reverse or forward_ad._current_level >= 0
 
 
 def current_level() -> int:

@@ -38,6 +38,13 @@ class Contraction(NamedTuple):
     sizes: tuple[tuple[str, int], ...]
 
 
+class Fixed(NamedTuple):
+    """Choices that are not the planner's: the axis of some mesh dims (a table never moves), and axes no other dim splits."""
+
+    splits: tuple[tuple[str, str], ...] = ()
+    barred: tuple[str, ...] = ()
+
+
 class Product(NamedTuple):
     """One local product: indices into `Plan.moved`, and the local sizes of the axes it broadcasts."""
 
@@ -78,13 +85,13 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=None)
-def plan(contraction: Contraction, mesh: MeshSizes, fixed: tuple[tuple[str, str], ...] = ()) -> Plan:
+def plan(contraction: Contraction, mesh: MeshSizes, fixed: Fixed = Fixed()) -> Plan:
     """Choose, for each term and mesh dim, the axis that splits the local work; then emit the moves.
 
     For each mesh dim every axis of the term is a candidate, and so is "none". Candidates that move more than 16 times
     the elements of the cheapest are dropped; of the rest the fewest collectives win, then the fewest elements, counted
-    from the layouts before any move; ties go to a split before none, an output axis before a contracted one, then to
-    the order in the pattern. `fixed` gives (mesh dim, axis) pairs that are not to be chosen (a table never moves).
+    from the layouts before any move; ties go to gathers and reductions before exchanges, a split before none, an output
+    axis before a contracted one, then to the order in the pattern.
     """
     sizes = dict(contraction.sizes)
     moved: dict[tuple[int, tuple[Step, ...]], int] = {}
@@ -92,7 +99,7 @@ def plan(contraction: Contraction, mesh: MeshSizes, fixed: tuple[tuple[str, str]
     for term in contraction.terms:
         result = contraction.results[term.result]
         operands = [contraction.operands[i] for i in term.operands]
-        splits, frames = _split(operands, result, sizes, mesh, dict(fixed))
+        splits, frames = _split(operands, result, sizes, mesh, fixed)
         indices = []
         for i, layout in zip(term.operands, operands, strict=True):
             key = (i, operand_steps(layout, splits, frames, mesh))
@@ -156,17 +163,18 @@ def tangents(contraction: Contraction, given: tuple[int, ...]) -> Contraction:
 
 
 def _split(
-    operands: list[Layout], result: Layout, sizes: dict[str, int], mesh: MeshSizes, fixed: dict[str, str]
+    operands: list[Layout], result: Layout, sizes: dict[str, int], mesh: MeshSizes, fixed: Fixed
 ) -> tuple[Splits, Frames]:
     """The mesh dims that split each axis of one term's local work, and the order of each axis's shards in it."""
     axes = tuple(dict.fromkeys(axis for layout in (*operands, result) for axis in layout.axes))
     dims = sorted({dim for layout in (*operands, result) for dims in layout.dims for dim in dims})
-    banned: set[tuple[str, str]] = set()
+    forced = dict(fixed.splits)
+    banned = {(dim, axis) for dim in dims for axis in fixed.barred}
     while True:
         splits: dict[str, tuple[str, ...]] = {}
         for dim in dims:
             free = [axis for axis in axes if (dim, axis) not in banned]
-            axis = fixed[dim] if dim in fixed else _choose(dim, free, operands, result, sizes, mesh)
+            axis = forced[dim] if dim in forced else _choose(dim, free, operands, result, sizes, mesh)
             if axis is not None:
                 splits[axis] = (*splits.get(axis, ()), dim)
         frames: dict[str, tuple[str, ...]] = {}
@@ -190,11 +198,12 @@ def _choose(
     for axis in (*axes, None):
         if axis is not None and not _may_split(dim, axis, (*operands, result), sizes, mesh):
             continue
-        count, moved = 0, 0.0
+        count, moved, exchanges = 0, 0.0, 0
         for layout in operands:
             now, then = layout.axis_of(dim), axis if axis in layout.axes else None
             if now is not None and now != then:
                 count += 1
+                exchanges += then is not None
                 moved += _elements(layout, sizes, mesh) * ((n - 1) if then is None else (n - 1) / n)
         local, wanted = _elements(result, sizes, mesh), result.axis_of(dim)
         summed = axis is not None and axis not in result.axes
@@ -203,9 +212,10 @@ def _choose(
             moved += local * ((n - 1) if wanted is not None else 2 * (n - 1) / n)
         elif axis is not None and axis != wanted:
             count += 1
+            exchanges += wanted is not None
             moved += local * (n - 1) / n
-        costs[axis] = (count, moved, axis is None, summed)
-    cheapest = min(moved for _, moved, *_ in costs.values())
+        costs[axis] = (count, moved, exchanges, axis is None, summed)
+    cheapest = min(cost[1] for cost in costs.values())
     kept = [axis for axis, cost in costs.items() if cost[1] <= FACTOR * cheapest]
     return min(kept, key=lambda axis: costs[axis])  # min keeps the first of equals: the order in the pattern
 

@@ -1,0 +1,179 @@
+"""`ft.attention`: softmax attention as a named op, the one op that mixes positions.
+
+Invariant: each rank computes the queries that it holds; keys and values are broadcast (over a hidden replica axis)
+from where they lie to the ranks whose queries need them, so their cotangents are reduced back by the planner.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from functitan.axes import Axes, parse_axes, write_axes
+from functitan.errors import PatternError, report
+from functitan.ops.contraction import Type, contract, resolve
+from functitan.ops.function import needs_higher_derivatives
+from functitan.sharding.collectives import Label
+from functitan.sharding.context import Env, current
+from functitan.sharding.layout import Layout, check_rank
+from functitan.sharding.plan import Contraction, Term
+
+_REPLICA = "_replica"
+
+
+def attention(
+    pattern: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    positions: Tensor | None = None,
+    segments: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(q k^T scale) v: `"batch seq heads head_dim, batch seq kv_heads head_dim"` (queries; keys and values).
+
+    Axes stand in this order: any number of batch axes, then positions, heads, and the axis of the dot product. `heads`
+    is a multiple of `kv_heads` (grouped-query attention). `causal` lets a query see keys at its position and before.
+    `positions` and `segments` (int64, the pattern of q without its last two axes) replace the places in the sequence,
+    and keep tokens of different segments apart. `scale` is head_dim ** -0.5 by default. Raises `PatternError`.
+
+    >>> q = k = v = torch.ones(1, 3, 2, 4)
+    >>> attention("batch seq heads head_dim, batch seq kv_heads head_dim", q, k, v, causal=True).shape
+    torch.Size([1, 3, 2, 4])
+    """
+    axes, kv_axes = _parse(pattern)
+    env, label = current(), Label("attention", pattern)
+    for x, its, name in ((q, axes, "queries"), (k, kv_axes, "keys"), (v, kv_axes, "values")):
+        check_rank(its, tuple(x.shape), f"attention({pattern!r}), {name}")
+    for x, name in ((positions, "positions"), (segments, "segments")):
+        if x is not None:
+            check_rank(axes[:-2], tuple(x.shape), f"attention({pattern!r}), {name}")
+    own = _Marks(positions, segments)
+    if env.mesh is None:
+        _check_heads(pattern, q.shape[-2], k.shape[-2])
+        mask = _mask(own, own, causal, q, 0, k.shape[-3])
+        return _sdpa(q, k, v, mask, causal and mask is None, scale)
+    return _sharded(axes, kv_axes, q, k, v, own, causal, scale, env, label)
+
+
+def _sharded(axes: Axes, kv_axes: Axes, q: Tensor, k: Tensor, v: Tensor, marks: _Marks, causal: bool, scale: float | None, env: Env, label: Label) -> Tensor:
+    """Choose the layout of the local work from that of q, bring keys and values there, and attend."""
+    assert env.mesh is not None
+    seq, heads, head_dim = axes[-3:]
+    kv_heads = kv_axes[-2]
+    (lq, lk), sizes = _layouts(axes, kv_axes, q, k, env, label)
+    _check_heads(label.pattern, sizes[heads], sizes[kv_heads])
+    work = Layout(lq.axes, tuple(() if axis == head_dim else lq.of(axis) for axis in lq.axes))
+    aligned = lk.of(kv_heads) == lq.of(heads)
+    spread = lq.of(seq) + (() if aligned else lq.of(heads))
+    wanted = {kv_heads: lq.of(heads) if aligned else (), _REPLICA: spread}
+    batch = {axis: lq.of(axis) for axis in lq.axes if axis not in (seq, heads, head_dim)}
+    names = (_REPLICA, *lq.axes[:-3], *kv_axes[-3:])
+    kv_work = Layout(names, tuple({**batch, **wanted}.get(axis, ()) for axis in names))
+
+    q = _to(axes, q, work, env, label)
+    k, v = (_spread(kv_axes, x, kv_work, env, label) for x in (k, v))
+    first = env.mesh.index(lq.of(seq)) * q.shape[-3]
+    if not aligned:
+        k, v = (_heads_of_group(x, env.mesh.index(lq.of(heads)) * q.shape[-2], q.shape[-2], sizes[heads] // sizes[kv_heads]) for x in (k, v))
+    marks_axes = axes[:-2]
+    rows = Layout(work.axes[:-2], work.dims[:-2])
+    columns = Layout(rows.axes, tuple(() if axis == seq else dims for axis, dims in zip(rows.axes, rows.dims, strict=True)))
+    of_rows = _Marks(*(None if x is None else _to(marks_axes, x, rows, env, label) for x in marks))
+    of_columns = _Marks(*(None if x is None else _to(marks_axes, x, columns, env, label) for x in marks))
+    mask = _mask(of_rows, of_columns, causal, q, first, k.shape[-3], everywhere=bool(lq.of(seq)))
+    out = _sdpa(q, k, v, mask, causal and mask is None, scale)
+    typed = Contraction((Type(axes, layout=work),), (Type(axes),), (Term(0, (0,)),), ())  # type: ignore[arg-type]
+    return contract(typed, (out,), env, label)[0]
+
+
+def _layouts(axes: Axes, kv_axes: Axes, q: Tensor, k: Tensor, env: Env, label: Label) -> tuple[tuple[Layout, ...], dict[str, int]]:
+    typed = Contraction((Type(axes), Type(kv_axes)), (Type(axes),), (Term(0, (0, 1)),), ())  # type: ignore[arg-type]
+    full, _ = resolve(typed, (q, k), env, label)
+    return full.operands, dict(full.sizes)  # type: ignore[return-value]
+
+
+def _to(axes: Axes, x: Tensor, layout: Layout, env: Env, label: Label) -> Tensor:
+    typed = Contraction((Type(axes),), (Type(axes, layout=layout),), (Term(0, (0,)),), ())  # type: ignore[arg-type]
+    return contract(typed, (x,), env, label)[0]
+
+
+def _spread(axes: Axes, x: Tensor, layout: Layout, env: Env, label: Label) -> Tensor:
+    """Keys or values where the queries are: one part of the replica axis for each rank that uses them."""
+    assert env.mesh is not None
+    known = ((_REPLICA, env.mesh.sizes.size(layout.of(_REPLICA))),)
+    typed = Contraction((Type(axes),), (Type((_REPLICA, *axes), layout=layout),), (Term(0, (0,)),), known)  # type: ignore[arg-type]
+    return contract(typed, (x,), env, label)[0].squeeze(0)
+
+
+def _heads_of_group(x: Tensor, first: int, count: int, group: int) -> Tensor:
+    """The kv heads that queries' heads `first` ... `first + count` use, so that they group evenly again."""
+    if count % group == 0 or group % count == 0:
+        return x.narrow(-2, first // group, max(1, count // group))
+    return x.index_select(-2, torch.arange(first, first + count, device=x.device) // group)
+
+
+class _Marks(NamedTuple):
+    """What masks the queries or the keys, besides their places."""
+
+    positions: Tensor | None
+    segments: Tensor | None
+
+
+def _mask(rows: _Marks, columns: _Marks, causal: bool, q: Tensor, first: int, length: int, everywhere: bool = False) -> Tensor | None:
+    """Which keys a query sees, [*batch, 1, queries, keys]; `None` where SDPA's own causal mask, or none, says the same."""
+    (positions, segments), (key_positions, key_segments) = rows, columns
+    seen = None
+    if causal and (positions is not None or everywhere):
+        if positions is None or key_positions is None:
+            positions = torch.arange(first, first + q.shape[-3], device=q.device)
+            key_positions = torch.arange(length, device=q.device)
+        seen = positions.unsqueeze(-1) >= key_positions.unsqueeze(-2)
+    if segments is not None and key_segments is not None:
+        if seen is None and causal:
+            seen = torch.ones(q.shape[-3], length, dtype=torch.bool, device=q.device).tril()
+        same = segments.unsqueeze(-1) == key_segments.unsqueeze(-2)
+        seen = same if seen is None else seen & same
+    return None if seen is None else seen.unsqueeze(-3) if seen.dim() > 2 else seen
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
+    q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
+    grouped = q.shape[-3] != k.shape[-3]
+    if not needs_higher_derivatives():
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+        return out.transpose(-3, -2)
+    with sdpa_kernel(SDPBackend.MATH):  # the only backend with a second derivative and forward mode
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+    return out.transpose(-3, -2)
+
+
+@lru_cache(maxsize=None)
+def _parse(pattern: str) -> tuple[Axes, Axes]:
+    operands = tuple(parse_axes(part.strip()) for part in pattern.split(","))
+    problems = []
+    if len(operands) != 2:
+        problems.append(f"{len(operands)} patterns: one of queries, one of keys and values")
+    else:
+        q, kv = operands
+        if len(q) < 3 or len(q) != len(kv):
+            problems.append(f"{write_axes(q)!r} and {write_axes(kv)!r}: each has batch axes, positions, heads, head_dim")
+        elif q[:-2] != kv[:-2] or q[-1] != kv[-1]:
+            problems.append(f"{write_axes(q)!r} and {write_axes(kv)!r} differ in more than the heads")
+    if problems:
+        fix = "write 'batch seq heads head_dim, batch seq kv_heads head_dim'"
+        raise PatternError(report(f"attention({pattern!r})", problems, fix))
+    return operands  # type: ignore[return-value]
+
+
+def _check_heads(pattern: str, heads: int, kv_heads: int) -> None:
+    if heads % kv_heads:
+        problem = f"{heads} heads are not a multiple of {kv_heads} kv heads"
+        raise PatternError(report(f"attention({pattern!r})", [problem], "each kv head serves the same number of heads"))

@@ -1,0 +1,274 @@
+"""`ft.take` and `ft.select`: lookups along an axis, and `ft.iota`, the indices to look up.
+
+Invariant: a lookup is a contraction of the table with one-hot rows, planned as one, except that the indices move and
+the table never does: a rank answers for the rows it holds. Its transpose adds cotangents into the table's shard.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+
+from functitan.axes import Axes, parse_axes, parse_signature, write_axes
+from functitan.errors import PatternError, report
+from functitan.ops.contraction import Type, check_cotangents, resolve
+from functitan.ops.function import Call, Op, apply, hidden_axes
+from functitan.sharding.collectives import Label, run_step
+from functitan.sharding.context import Env, current
+from functitan.sharding.layout import Layout, check_rank, layout_of
+from functitan.sharding.plan import Contraction, Fixed, Plan, Term, plan
+
+
+def take(pattern: str, indices: Tensor, table: Tensor) -> Tensor:
+    """Look up rows of a table: `"batch seq, vocab embed -> batch seq embed"`.
+
+    The looked-up axis is the table's axis that neither indices nor result have; axes that indices and table share are
+    looked up row by row. `indices` are global, int64, in range: on a mesh that shards the looked-up axis an index out
+    of range gives zeros. Transpose (of `table`): cotangents added into the rows. Raises `PatternError`.
+
+    >>> take("batch, vocab embed -> batch embed", torch.tensor([2, 0]), torch.arange(6.0).view(3, 2))
+    tensor([[4., 5.],
+            [0., 1.]])
+    """
+    ids, rows, result = _parse(pattern)
+    check_rank(ids, tuple(indices.shape), f"take({pattern!r}), indices")
+    check_rank(rows, tuple(table.shape), f"take({pattern!r}), table")
+    return _lookup("take", _Axes(ids, rows, result), indices, table, current(), Label("take", pattern), ())
+
+
+def select(pattern: str, x: Tensor, index: int | Tensor) -> Tensor:
+    """Positions along an axis: `select("batch seq embed -> batch embed", x, -1)`, one for all.
+
+    With a tensor of indices its axes are the second operand: `select("batch seq embed, batch -> batch embed", x, last)`.
+    Negative indices count from the end. The axis goes, and the layout of the others is that of the result's pattern.
+
+    >>> select("batch seq -> batch", torch.arange(6).view(2, 3), -1)
+    tensor([2, 5])
+    """
+    signature = parse_signature(pattern)
+    if len(signature.operands) == 1 and not isinstance(index, Tensor):
+        turned = f", {write_axes(signature.operands[0])} -> {write_axes(signature.results[0])}"
+    elif len(signature.operands) == 2 and isinstance(index, Tensor):
+        turned = f"{write_axes(signature.operands[1])}, {write_axes(signature.operands[0])} -> {write_axes(signature.results[0])}"
+    else:
+        problem = f"{len(signature.operands)} operands and an index of type {type(index).__name__}"
+        fix = "write 'batch seq -> batch' for an int, 'batch seq, batch -> batch' for a tensor of indices"
+        raise PatternError(report(f"select({pattern!r})", [problem], fix))
+    ids, rows, result = _parse(turned)
+    check_rank(rows, tuple(x.shape), f"select({pattern!r})")
+    env, label, axes = current(), Label("select", pattern), _Axes(ids, rows, result)
+    (size,) = (size for axis, size in _sizes(axes, x, env, label).items() if axis == axes.looked_up)
+    if isinstance(index, Tensor):
+        indices = torch.where(index < 0, index + size, index)
+    elif -size <= index < size:
+        indices = torch.full((), index % size, dtype=torch.int64, device=x.device)
+    else:
+        problem = f"index {index} is out of range for axis {axes.looked_up!r} of size {size}"
+        raise PatternError(report(f"select({pattern!r})", [problem], f"give one from {-size} to {size - 1}"))
+    return _lookup("take", axes, indices, x, env, label, ())
+
+
+def iota(pattern: str, axis: str, like: Tensor | None = None, **sizes: int) -> Tensor:
+    """Global indices along one axis, int64, in the layout of the pattern; nothing is sent.
+
+    The sizes come from `like`, a local tensor of that pattern, or by name, global: `iota("batch seq", "seq", batch=8,
+    seq=128)`.
+
+    >>> iota("batch seq", "seq", batch=2, seq=3)
+    tensor([[0, 1, 2],
+            [0, 1, 2]])
+    """
+    axes, env = parse_axes(pattern), current()
+    problems = [f"axis {axis!r} is not in the pattern"] if axis not in axes else []
+    if like is None:
+        problems += [f"axis {name!r} has no size" for name in axes if name not in sizes]
+    if problems:
+        raise PatternError(report(f"iota({pattern!r}, {axis!r})", problems, "give every size by name, or like="))
+    if like is not None:
+        check_rank(axes, tuple(like.shape), f"iota({pattern!r}, {axis!r})")
+    hidden = tuple(h.axis for h in hidden_axes(like, env)) if like is not None else ()
+    layout = env.layout(hidden + axes) if env.mesh is not None else Layout(axes, ((),) * len(axes))
+    split = {a: env.mesh.sizes.size(layout.of(a)) if env.mesh is not None else 1 for a in axes}
+    shape = [like.shape[i] if like is not None else sizes[a] // split[a] for i, a in enumerate(axes)]
+    place = axes.index(axis)
+    start = env.mesh.index(layout.of(axis)) * shape[place] if env.mesh is not None else 0
+    row = torch.arange(start, start + shape[place], device=like.device if like is not None else None)
+    return row.view([-1 if a == axis else 1 for a in axes]).expand(shape)
+
+
+class _Axes(NamedTuple):
+    """The visible axes of indices, table and result."""
+
+    indices: Axes
+    table: Axes
+    result: Axes
+
+    @property
+    def looked_up(self) -> str:
+        return next(axis for axis in self.table if axis not in self.result)
+
+
+class _Static(NamedTuple):
+    kind: str  # "take": (indices, table) -> result; "put", its transpose: (indices, result) -> table
+    axes: _Axes
+    full: Contraction
+    plan: Plan
+    label: Label
+
+
+def _lookup(
+    kind: str, axes: _Axes, indices: Tensor, x: Tensor, env: Env, label: Label, known: tuple[tuple[str, int], ...],
+    own: Layout | None = None,
+) -> Tensor:
+    source, target = (axes.table, axes.result) if kind == "take" else (axes.result, axes.table)
+    if env.mesh is None:
+        place = axes.looked_up
+        return _take(axes, indices, x) if kind == "take" else _put(axes, indices, x, dict(known)[place])
+    types = (Type(axes.indices), Type(source)), (Type(target),)
+    typed = Contraction(*types, (Term(0, (0, 1)),), known)  # type: ignore[arg-type]
+    full, levels = resolve(typed, (indices, x), env, label)
+    table = full.operands[1] if kind == "take" else full.results[0]
+    if own is not None:
+        check_cotangents([(axes.table, own, table)], label)
+    fixed = Fixed(tuple((dim, axis) for axis, dims in zip(table.axes, table.dims, strict=True) for dim in dims), (axes.looked_up,))
+    static = _Static(kind, axes, full, plan(full, env.mesh.sizes, fixed), label)
+    return apply(Call(_LOOKUP, env, static, *levels), indices, x)[0]
+
+
+def _run(call: Call, *tensors: Tensor) -> tuple[Tensor]:
+    static: _Static = call.static
+    assert call.env.mesh is not None
+    (group,), = static.plan.results
+    (item,) = group.products
+    moved = []
+    for i in item.moved:
+        place, steps = static.plan.moved[i]
+        x = tensors[place]
+        for step in steps:
+            x = run_step(x, step, call.env, static.label)
+        moved.append(x)
+    layouts = (*static.full.operands, *static.full.results)
+    ids, table, result = layouts if static.kind == "take" else (layouts[0], layouts[2], layouts[1])
+    full = _Axes(ids.axes, table.axes, result.axes)
+    shards = table.of(full.looked_up)
+    size = dict(static.full.sizes)[full.looked_up] // call.env.mesh.sizes.size(shards)
+    local = moved[0] - call.env.mesh.index(shards) * size if shards else moved[0]
+    inside = (local >= 0) & (local < size) if shards else None
+    local = local if inside is None else local.clamp(0, size - 1)
+    if static.kind == "take":
+        out = _take(full, local, moved[1], inside)
+    else:
+        out = _put(full, local, moved[1], size, inside)
+    for step in group.steps:
+        out = run_step(out, step, call.env, static.label)
+    return (out,)
+
+
+def _vjp(call: Call, tensors: tuple[Tensor, ...], _: Any, grads: tuple[Tensor | None, ...], wanted: tuple[int, ...]):
+    static: _Static = call.static
+    assert wanted == (1,) and grads[0] is not None, "indices have no cotangent"
+    back = "put" if static.kind == "take" else "take"
+    own = static.full.operands[1] if back == "put" else None
+    return (_lookup(back, static.axes, tensors[0], grads[0], call.transposed(), static.label, static.full.sizes, own),)
+
+
+def _jvp(call: Call, tensors: tuple[Tensor, ...], _: Any, given: tuple[Tensor | None, ...]):
+    static: _Static = call.static
+    assert given[1] is not None
+    return (_lookup(static.kind, static.axes, tensors[0], given[1], call.env, static.label, static.full.sizes),)
+
+
+_LOOKUP = Op("lookup", _run, _vjp, _jvp)
+
+
+def _take(axes: _Axes, indices: Tensor, table: Tensor, inside: Tensor | None = None) -> Tensor:
+    """Rows of a plain table; zeros where not `inside`. Plain torch ops, differentiable in the table."""
+    shared, own, rest = _groups(axes)
+    if not shared and axes.table[0] == axes.looked_up and len(axes.table) == 2 and table.is_floating_point():
+        out = embedding(indices, table)
+    elif not shared:
+        rows = table.movedim(axes.table.index(axes.looked_up), 0)
+        out = rows.index_select(0, indices.reshape(-1)).reshape(*indices.shape, *rows.shape[1:])
+    else:
+        flat, ids, shape = _flat_table(axes, table), _flat_indices(axes, indices), _shape(axes, indices, table)
+        out = flat.gather(1, ids.unsqueeze(-1).expand(-1, -1, flat.shape[2])).reshape(shape)
+    if inside is not None:
+        turned = inside.permute([axes.indices.index(axis) for axis in shared + own])
+        out = out * turned.reshape(turned.shape + (1,) * len(rest))
+    made = shared + own + rest
+    return out.permute([made.index(axis) for axis in axes.result])
+
+
+def _put(axes: _Axes, indices: Tensor, g: Tensor, size: int, inside: Tensor | None = None) -> Tensor:
+    """Cotangents added into the rows of a zero table with `size` rows; those not `inside` are left out."""
+    shared, own, rest = _groups(axes)
+    made = shared + own + rest
+    g = g.permute([axes.result.index(axis) for axis in made])
+    sizes = dict(zip(made, g.shape, strict=True))
+    ids = _flat_indices(axes, indices)
+    flat = g.reshape(ids.shape[0], ids.shape[1], math.prod(sizes[axis] for axis in rest))
+    if inside is not None:
+        flat = flat * _flat_indices(axes, inside).unsqueeze(-1)
+    if shared:
+        table = g.new_zeros(ids.shape[0], size, flat.shape[2]).scatter_add(1, ids.unsqueeze(-1).expand_as(flat), flat)
+    else:
+        table = g.new_zeros(size, flat.shape[2]).index_add(0, ids[0], flat[0])
+    order = (*shared, axes.looked_up, *rest)
+    table = table.reshape([size if axis == axes.looked_up else sizes[axis] for axis in order])
+    return table.permute([order.index(axis) for axis in axes.table])
+
+
+def _groups(axes: _Axes) -> tuple[Axes, Axes, Axes]:
+    """Axes shared by indices and table, those of the indices alone, and those of the table that go along."""
+    shared = tuple(axis for axis in axes.indices if axis in axes.table)
+    own = tuple(axis for axis in axes.indices if axis not in shared)
+    rest = tuple(axis for axis in axes.table if axis not in shared and axis != axes.looked_up)
+    return shared, own, rest
+
+
+def _flat_indices(axes: _Axes, indices: Tensor) -> Tensor:
+    """[shared, own]"""
+    shared, own, _ = _groups(axes)
+    turned = indices.permute([axes.indices.index(axis) for axis in shared + own])
+    return turned.reshape(math.prod(turned.shape[: len(shared)]), -1) if turned.numel() else turned.reshape(1, 0)
+
+
+def _flat_table(axes: _Axes, table: Tensor) -> Tensor:
+    """[shared, looked up, rest]"""
+    shared, _, rest = _groups(axes)
+    turned = table.permute([axes.table.index(axis) for axis in (*shared, axes.looked_up, *rest)])
+    return turned.reshape(math.prod(turned.shape[: len(shared)]), turned.shape[len(shared)], -1)
+
+
+def _shape(axes: _Axes, indices: Tensor, table: Tensor) -> list[int]:
+    shared, own, rest = _groups(axes)
+    return [indices.shape[axes.indices.index(a)] for a in shared + own] + [table.shape[axes.table.index(a)] for a in rest]
+
+
+def _sizes(axes: _Axes, x: Tensor, env: Env, label: Label) -> dict[str, int]:
+    """Global sizes of the table's axes."""
+    if env.mesh is None:
+        return dict(zip(axes.table, x.shape, strict=True))
+    types = (Type(axes.table),), (Type(axes.table),)
+    return dict(resolve(Contraction(*types, (Term(0, (0,)),), ()), (x,), env, label)[0].sizes)  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=None)
+def _parse(pattern: str) -> tuple[Axes, Axes, Axes]:
+    signature = parse_signature(pattern)
+    if len(signature.operands) != 2 or len(signature.results) != 1:
+        problem = f"{len(signature.operands)} operands and {len(signature.results)} results"
+        raise PatternError(report(f"take({pattern!r})", [problem], "write 'indices, table -> result'"))
+    (ids, table), (result,) = signature
+    gone = [axis for axis in table if axis not in result and axis not in ids]
+    problems = [] if len(gone) == 1 else [f"{gone} of the table are in neither indices nor result: one axis is looked up"]
+    lost = [axis for axis in ids if axis not in result] + [axis for axis in result if axis not in ids and axis not in table]
+    problems += [f"axis {axis!r} must be in the result, and come from indices or table" for axis in lost]
+    if problems:
+        raise PatternError(report(f"take({pattern!r})", problems, "write as in 'batch seq, vocab embed -> batch seq embed'"))
+    return ids, table, result

@@ -1,0 +1,180 @@
+"""`ft.cross_entropy`: the loss of logits whose vocabulary may be sharded (loss parallelism).
+
+Invariant: logits never move. One maximum and one sum over the ranks that share a row suffice in forward; backward is
+local.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from functitan.axes import Axes, parse_axes, parse_signature, write_axes
+from functitan.errors import PatternError, report
+from functitan.ops.contraction import Type, contract, resolve
+from functitan.ops.function import Call, Op, apply
+from functitan.ops.reduce import reduce
+from functitan.sharding.collectives import Label, run_step
+from functitan.sharding.context import Env, current
+from functitan.sharding.layout import Layout, check_rank
+from functitan.sharding.moves import Step
+from functitan.sharding.plan import Contraction, Term
+
+IGNORE = -100
+
+
+def cross_entropy(pattern: str, logits: Tensor, labels: Tensor, *, ignore_index: int = IGNORE) -> Tensor:
+    """-log softmax(logits)[label] over the axis that the labels lack: `"batch seq vocab, batch seq -> batch seq"`.
+
+    Without `->` the result has the labels' pattern; a shorter result is summed. Labels are global, int64; those equal
+    to `ignore_index` give 0 and no gradient. Computed in float32 or better. Raises `PatternError`.
+
+    >>> cross_entropy("batch vocab, batch -> batch", torch.zeros(2, 4), torch.tensor([1, -100]))
+    tensor([1.3863, 0.0000])
+    """
+    axes, rows, result, vocab = _parse(pattern)
+    check_rank(axes, tuple(logits.shape), f"cross_entropy({pattern!r}), logits")
+    check_rank(rows, tuple(labels.shape), f"cross_entropy({pattern!r}), labels")
+    env, label = current(), Label("cross_entropy", pattern)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if env.mesh is None:
+        flat = logits.movedim(axes.index(vocab), -1)
+        order = tuple(axis for axis in axes if axis != vocab)
+        turned = labels if order == rows else labels.permute([rows.index(axis) for axis in order])
+        loss = functional.cross_entropy(
+            flat.reshape(-1, flat.shape[-1]), turned.reshape(-1), reduction="none", ignore_index=ignore_index
+        ).view(turned.shape)
+        loss = loss if order == rows else loss.permute([order.index(axis) for axis in rows])
+    else:
+        loss = _sharded(axes, rows, vocab, logits, labels, ignore_index, env, label)
+    return loss if result == rows else reduce(f"{write_axes(rows)} -> {write_axes(result)}", loss)
+
+
+class _Static(NamedTuple):
+    axes: Axes  # visible, of the logits
+    vocab: str
+    layout: Layout  # full, of the logits
+    sizes: tuple[tuple[str, int], ...]
+    ignore_index: int
+    label: Label
+
+    def row_type(self, axes: Axes) -> Type:
+        """Tensors without the vocabulary, where the logits lie."""
+        return Type(tuple(axis for axis in axes if axis != self.vocab), layout=self.layout)
+
+
+def _sharded(axes: Axes, rows: Axes, vocab: str, logits: Tensor, labels: Tensor, ignore_index: int, env: Env, label: Label) -> Tensor:
+    typed = Contraction((Type(axes), Type(rows)), (Type(axes),), (Term(0, (0, 1)),), ())  # type: ignore[arg-type]
+    full, levels = resolve(typed, (logits, labels), env, label)
+    static = _Static(axes, vocab, full.results[0], full.sizes, ignore_index, label)  # type: ignore[arg-type]
+    inner = static.row_type(axes)
+    labels = _move(Type(rows), inner, labels, env, label)
+    call = Call(_CROSS_ENTROPY, env, static, (levels[0][0], levels[0][1]), (levels[1][0], levels[1][0]))
+    loss, _ = apply(call, logits, labels)
+    return _move(inner, Type(rows), loss, env, label)
+
+
+def _move(now: Type, then: Type, x: Tensor, env: Env, label: Label) -> Tensor:
+    return contract(Contraction((now,), (then,), (Term(0, (0,)),), ()), (x,), env, label)[0]  # type: ignore[arg-type]
+
+
+def _run(call: Call, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss, logsumexp), both as the logits lie, without the vocabulary."""
+    static: _Static = call.static
+    place, dims = static.layout.axes.index(static.vocab), static.layout.of(static.vocab)
+    step = Step("all_reduce", dims)
+    labels = labels.expand(logits.select(place, 0).shape)
+    top = logits.amax(place)
+    top = run_step(top, step, call.env, static.label, "max") if dims else top
+    top = torch.where(top.isinf(), torch.zeros_like(top), top)
+    total = (logits - top.unsqueeze(place)).exp_().sum(place)
+    at, inside = _own_labels(static, labels, logits.shape[place], call.env)
+    picked = torch.where(inside, logits.gather(place, at.unsqueeze(place)).squeeze(place), 0.0)
+    if dims:
+        total, picked = run_step(torch.stack([total, picked]), step, call.env, static.label).unbind()
+    lse = total.log() + top
+    return torch.where(labels == static.ignore_index, 0.0, lse - picked), lse
+
+
+def _own_labels(static: _Static, labels: Tensor, size: int, env: Env) -> tuple[Tensor, Tensor]:
+    """Labels as indices into this rank's part of the vocabulary, and which of them are in it."""
+    assert env.mesh is not None
+    at = labels - env.mesh.index(static.layout.of(static.vocab)) * size
+    inside = (at >= 0) & (at < size) & (labels != static.ignore_index)
+    return torch.where(inside, at, 0), inside
+
+
+def _vjp(call: Call, tensors: tuple[Tensor, ...], results: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], wanted: tuple[int, ...]):
+    """d logits = softmax * (g_loss + g_lse) - onehot * g_loss, every factor where the logits lie."""
+    static: _Static = call.static
+    logits, labels = tensors
+    env = call.transposed()
+    place, last = static.axes.index(static.vocab), logits.dim()
+    spread = lambda x: _spread(static, x, env)  # noqa: E731
+    chosen = logits.new_zeros(())
+    at, inside = _own_labels(static, labels, logits.shape[place], env)
+    soft = (logits - spread(results[1])).exp()
+    positions = torch.arange(logits.shape[place], device=logits.device).view([-1 if i == place else 1 for i in range(last)])
+    chosen = (positions == at.unsqueeze(place)) & inside.unsqueeze(place)
+    g_loss, g_lse = grads
+    out = None
+    if g_loss is not None:
+        counted = spread(torch.where(labels == static.ignore_index, 0.0, g_loss))
+        out = torch.where(chosen, soft - 1, soft) * counted
+    if g_lse is not None:
+        out = soft * spread(g_lse) if out is None else out + soft * spread(g_lse)
+    return (out,)
+
+
+def _spread(static: _Static, x: Tensor, env: Env) -> Tensor:
+    """Rows over the vocabulary again; its transpose sums over the ranks that share a row."""
+    typed = Contraction((static.row_type(static.axes),), (Type(static.axes, layout=static.layout),), (Term(0, (0,)),), ())  # type: ignore[arg-type]
+    assert env.mesh is not None
+    size = env.mesh.sizes.size(static.layout.of(static.vocab))  # local size 1, which elementwise ops expand
+    return contract(typed._replace(sizes=((static.vocab, size),)), (x,), env, static.label)[0]
+
+
+def _jvp(call: Call, tensors: tuple[Tensor, ...], results: tuple[Tensor, ...], given: tuple[Tensor | None, ...]):
+    """Tangents of (loss, logsumexp): <softmax - onehot, t> and <softmax, t> over the whole vocabulary."""
+    static: _Static = call.static
+    logits, labels = tensors
+    t, env = given[0], call.env
+    assert t is not None
+    place = static.axes.index(static.vocab)
+    at, inside = _own_labels(static, labels, logits.shape[place], env)
+    soft = (logits - _spread(static, results[1], env)).exp()
+    typed = Contraction((Type(static.axes, layout=static.layout),), (static.row_type(static.axes),), (Term(0, (0,)),), static.sizes)  # type: ignore[arg-type]
+    positions = torch.arange(logits.shape[place], device=logits.device).view([-1 if i == place else 1 for i in range(logits.dim())])
+    chosen = (positions == at.unsqueeze(place)) & inside.unsqueeze(place)
+    of_lse = contract(typed, (soft * t,), env, static.label)[0]
+    picked = contract(typed, (torch.where(chosen, t, 0.0),), env, static.label)[0]
+    return torch.where(labels == static.ignore_index, 0.0, of_lse - picked), of_lse
+
+
+_CROSS_ENTROPY = Op("cross_entropy", _run, _vjp, _jvp, saves_results=True)
+
+
+@lru_cache(maxsize=None)
+def _parse(pattern: str) -> tuple[Axes, Axes, Axes, str]:
+    if "->" in pattern:
+        signature = parse_signature(pattern)
+        operands, results = signature
+    else:
+        operands = tuple(parse_axes(part.strip()) for part in pattern.split(","))
+        results = operands[1:]
+    problems = []
+    if len(operands) != 2 or len(results) != 1:
+        problems.append(f"{len(operands)} operands and {len(results)} results: logits and labels give one loss")
+    else:
+        gone = [axis for axis in operands[0] if axis not in operands[1]]
+        if len(gone) != 1 or len(operands[1]) != len(operands[0]) - 1:
+            problems.append(f"labels {write_axes(operands[1])!r} must have all axes of logits {write_axes(operands[0])!r} but the vocabulary")
+        problems += [f"result axis {axis!r} is not in the labels" for axis in results[0] if axis not in operands[1]]
+    if problems:
+        fix = "write as in 'batch seq vocab, batch seq -> batch seq'"
+        raise PatternError(report(f"cross_entropy({pattern!r})", problems, fix))
+    return operands[0], operands[1], results[0], gone[0]

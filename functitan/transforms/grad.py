@@ -1,0 +1,166 @@
+"""Derivatives of functions of pytrees: `grad`, `value_and_grad`, `jvp`, `hvp`.
+
+Invariant: the meaning is torch.func's. Outermost and eager, `value_and_grad` calls `torch.autograd.grad` instead,
+because torch.func always keeps the graph of the backward pass (`create_graph`): five times the memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functitan import tree
+from functitan.errors import FunctitanError, report
+from functitan.ops.function import transforms_active
+from functitan.sharding.context import current
+
+Argnums = int | Sequence[int]
+
+
+def value_and_grad(fn: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) -> Callable[..., Any]:
+    """A function that gives (value, gradients) of a scalar function, as in JAX; with `has_aux`, ((value, aux), gradients).
+
+    Gradients have the structure of the arguments `argnums`, whose leaves are floating-point tensors. They are sharded
+    as the arguments are. Raises `FunctitanError` for leaves without a derivative and for a value that is no scalar.
+
+    >>> value_and_grad(lambda p: (p["w"] ** 2).sum())({"w": torch.tensor([1.0, 2.0])})
+    (tensor(5.), {'w': tensor([2., 4.])})
+    """
+    places = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+    def with_grad(*args: Any, **kwargs: Any) -> Any:
+        leaves, structure = tree.flatten(tuple(args[i] for i in places))
+        _check_leaves([args[i] for i in places], places)
+
+        def flat(*values: Tensor) -> Any:
+            given = dict(zip(places, tree.unflatten(structure, values), strict=True))
+            out = fn(*(given.get(i, arg) for i, arg in enumerate(args)), **kwargs)
+            value, aux = out if has_aux else (out, None)
+            _check_value(value, has_aux)
+            return value, aux
+
+        value, aux, grads = _nested(flat, leaves) if transforms_active() else _outermost(flat, leaves)
+        grads = tree.unflatten(structure, grads)
+        return ((value, aux) if has_aux else value), (grads[0] if isinstance(argnums, int) else grads)
+
+    return with_grad
+
+
+def grad(fn: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) -> Callable[..., Any]:
+    """A function that gives the gradients of a scalar function; with `has_aux`, (gradients, aux).
+
+    >>> grad(lambda x: x ** 3)(torch.tensor(2.0))
+    tensor(12.)
+    """
+    inner = value_and_grad(fn, argnums, has_aux)
+
+    def only_grad(*args: Any, **kwargs: Any) -> Any:
+        value, grads = inner(*args, **kwargs)
+        return (grads, value[1]) if has_aux else grads
+
+    return only_grad
+
+
+def jvp(fn: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
+    """(fn(*primals), its derivative along `tangents`): forward mode, as in JAX.
+
+    On a virtual mesh, where torch's forward mode gives wrong numbers, it is the vjp of the vjp, which is linear in its
+    cotangent. Raises `FunctitanError` if structures differ.
+
+    >>> jvp(lambda x: x ** 2, (torch.tensor(3.0),), (torch.tensor(1.0),))
+    (tensor(9.), tensor(6.))
+    """
+    leaves, structure = tree.flatten(tuple(primals))
+    directions, other = tree.flatten(tuple(tangents))
+    if structure != other:
+        problem = f"primals have structure {structure}, tangents {other}"
+        raise FunctitanError(report("ft.jvp", [problem], "give one tangent for each leaf of the primals"))
+    shapes: list[Any] = []
+
+    def flat(*values: Tensor) -> tuple[Tensor, ...]:
+        out, out_structure = tree.flatten(fn(*tree.unflatten(structure, values)))
+        shapes[:] = [out_structure]
+        return tuple(out)
+
+    mesh = current().mesh
+    if mesh is not None and mesh.transport.name == "virtual":
+        values, moved = _double_vjp(flat, leaves, directions)
+    else:
+        values, moved = torch.func.jvp(flat, tuple(leaves), tuple(directions))
+    return tree.unflatten(shapes[0], values), tree.unflatten(shapes[0], moved)
+
+
+def hvp(fn: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any]) -> Any:
+    """The Hessian of a scalar function of its first argument, times `tangents`: reverse over reverse.
+
+    `primals` are all the function's arguments; `tangents` has one entry, with the first argument's structure.
+
+    >>> hvp(lambda x: (x ** 3).sum(), (torch.tensor([1.0, 2.0]),), (torch.tensor([1.0, 1.0]),))
+    tensor([ 6., 12.])
+    """
+    leaves, structure = tree.flatten(primals[0])
+    directions, other = tree.flatten(tangents[0])
+    if structure != other:
+        problem = f"the first primal has structure {structure}, the tangent {other}"
+        raise FunctitanError(report("ft.hvp", [problem], "give one tangent for each leaf of the first argument"))
+
+    def gradient(*values: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tree.leaves(grad(fn)(tree.unflatten(structure, values), *primals[1:])))
+
+    _, back = torch.func.vjp(gradient, *leaves)  # the Hessian is symmetric: its transpose times v is it times v
+    return tree.unflatten(structure, back(tuple(directions)))
+
+
+def _outermost(flat: Callable[..., Any], leaves: list[Tensor]) -> tuple[Tensor, Any, list[Tensor]]:
+    with torch.enable_grad():
+        inputs = [leaf.detach().requires_grad_() for leaf in leaves]
+        value, aux = flat(*inputs)
+    if not value.requires_grad:
+        return value.detach(), _detached(aux), [torch.zeros_like(leaf) for leaf in leaves]
+    grads = torch.autograd.grad(value, inputs, allow_unused=True)
+    filled = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True)]
+    return value.detach(), _detached(aux), filled
+
+
+def _nested(flat: Callable[..., Any], leaves: list[Tensor]) -> tuple[Tensor, Any, list[Tensor]]:
+    grads, (value, aux) = torch.func.grad_and_value(flat, argnums=tuple(range(len(leaves))), has_aux=True)(*leaves)
+    return value, aux, list(grads)
+
+
+def _double_vjp(flat: Callable[..., Any], leaves: list[Tensor], directions: list[Tensor]) -> tuple[Any, Any]:
+    def transposed(*cotangents: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.vjp(flat, *leaves)[1](cotangents)
+
+    values = flat(*leaves)
+    _, back = torch.func.vjp(transposed, *(torch.zeros_like(value) for value in values))
+    return values, back(tuple(directions))
+
+
+def _detached(aux: Any) -> Any:
+    return tree.map(lambda x: x.detach() if isinstance(x, Tensor) else x, aux)
+
+
+def _check_leaves(args: list[Any], places: tuple[int, ...]) -> None:
+    problems = [
+        f"argument {place}{'.' if path else ''}{path}: {_kind(leaf)} has no derivative"
+        for place, arg in zip(places, args, strict=True)
+        for path, leaf in zip(tree.paths(arg), tree.leaves(arg), strict=True)
+        if not (isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()))
+    ]
+    if problems:
+        fix = "pass such leaves in another argument, or choose argnums"
+        raise FunctitanError(report("ft.value_and_grad", problems, fix))
+
+
+def _kind(leaf: Any) -> str:
+    return f"a tensor of {leaf.dtype}" if isinstance(leaf, Tensor) else f"a {type(leaf).__name__}"
+
+
+def _check_value(value: Any, has_aux: bool) -> None:
+    if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
+        shape = f"of shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else repr(type(value).__name__)
+        fix = "return a scalar: ft.reduce('batch ->', loss)" + ("" if has_aux else "; has_aux=True for (value, aux)")
+        raise FunctitanError(report("ft.value_and_grad", [f"the function's value is {shape}, not a scalar"], fix))

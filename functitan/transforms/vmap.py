@@ -1,0 +1,51 @@
+"""`ft.vmap`: `torch.func.vmap` over an axis that has a name.
+
+Invariant: inside, patterns do not show the axis; the ops know its name, and put it back before they choose layouts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from functitan import tree
+from functitan.axes import parse_axes
+from functitan.errors import FunctitanError, report
+from functitan.ops.function import current_level
+from functitan.sharding.context import current, using
+
+
+def vmap(fn: Callable[..., Any], in_dims: Any = 0, *, axis: str, out_dims: int = 0) -> Callable[..., Any]:
+    """A function that runs `fn` for each position of a named axis, which the mesh may shard.
+
+    `in_dims` gives the axis's place in each argument (an int, `None`, or a tree or tuple of them, as in
+    `torch.func.vmap`); it is at `out_dims` of each result. Per-example gradients are `ft.vmap(ft.grad(loss), (None, 0),
+    axis="batch")`; parameters that the axis's mesh dims shard are resharded first, and an error says so.
+
+    >>> x = torch.arange(6.0).view(3, 2)
+    >>> vmap(lambda row: row.sum(), axis="batch")(x)
+    tensor([1., 5., 9.])
+    """
+    if len(parse_axes(axis)) != 1:
+        raise FunctitanError(report("ft.vmap", [f"axis={axis!r} is not one axis name"], "write axis='batch'"))
+
+    def batched(*args: Any) -> Any:
+        places = tree.broadcast_prefix(in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(args), tuple(args), "ft.vmap in_dims")
+        leaves, structure = tree.flatten(tuple(args))
+        if all(place is None for place in places):
+            raise FunctitanError(report("ft.vmap", ["every in_dims is None"], "at least one argument has the axis"))
+        out_structure: list[Any] = []
+
+        def flat(*values: Any) -> tuple[Any, ...]:
+            env = current()
+            with using(env._replace(vmap_axes=(*env.vmap_axes, (current_level(), axis)))):
+                out, found = tree.flatten(fn(*tree.unflatten(structure, values)))
+            out_structure[:] = [found]
+            return tuple(out)
+
+        outs = torch.func.vmap(flat, tuple(places), out_dims)(*leaves)
+        return tree.unflatten(out_structure[0], outs)
+
+    return batched
