@@ -202,7 +202,27 @@ def _global_sizes(
                     f"but {sizes[axis]} in an earlier one"
                 )
     if problems:
-        raise PatternError(report(f"{label.op}({label.pattern!r})", problems, _FIX_SIZES = "tensors are local shards: make them with ft.shard or ft.init, and give each axis one size"
+        raise PatternError(report(f"{label.op}({label.pattern!r})", problems, _FIX_SIZES))
+    return {**known, **sizes}
+
+
+def check_cotangents(operands: list[tuple[Axes, Layout, Layout]], label: Label) -> None:
+    """A cotangent must lie as its operand does; a hidden axis that takes the operand's mesh dim forbids it.
+
+    `operands` gives the visible axes, the operand's layout, and that of its cotangent.
+    """
+    problems = [
+        f"operand {write_axes(axes)!r}: axis {axis!r} lies over {own.of(axis)}, but in its gradient for each "
+        f"{layout.axes[0]!r} over {layout.of(axis)}"
+        for axes, own, layout in operands
+        for axis in axes
+        if own.of(axis) != layout.of(axis)
+    ]
+    if problems:
+        raise LayoutError(report(f"vmap of the gradient of {label.op}({label.pattern!r})", problems, _FIX_VMAP))
+
+
+_FIX_SIZES = "tensors are local shards: make them with ft.shard or ft.init, and give each axis one size"
 _FIX_VMAP = (
     "reshard the parameters first, so that the hidden axis can have the mesh dim: params = ft.reshard(params, patterns, "
     "to_rules=rules.replace(embed=None)), then differentiate inside ft.spmd(..., rules=those rules)"
