@@ -126,7 +126,18 @@ def _outermost(flat: Callable[..., Any], leaves: list[Tensor]) -> tuple[Tensor, 
 
 
 def _nested(flat: Callable[..., Any], leaves: list[Tensor]) -> tuple[Tensor, Any, list[Tensor]]:
-    grads, (value, aux) = torch.func.grad_and_value(flat, argnums=tuple(range(len(leaves))), has_aux=True)(*leaves)
+    kept: list[Any] = []  # torch.func lets only tensors out
+
+    def split(*values: Tensor) -> tuple[Tensor, list[Tensor]]:
+        value, aux = flat(*values)
+        others, structure = tree.flatten(aux)
+        kept[:] = [others, structure]
+        return value, [x for x in others if isinstance(x, Tensor)]
+
+    grads, (value, tensors) = torch.func.grad_and_value(split, argnums=tuple(range(len(leaves))), has_aux=True)(*leaves)
+    others, structure = kept
+    left = iter(tensors)
+    aux = tree.unflatten(structure, [next(left) if isinstance(x, Tensor) else x for x in others])
     return value, aux, list(grads)
 
 
