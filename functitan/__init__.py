@@ -1,6 +1,6 @@
 """functitan: functional SPMD training in pure PyTorch. Every tensor axis has a name; one table maps names to the mesh."""
 
-from functitan import random, tree
+from functitan import models, nn, random, tree
 from functitan.axes import parse_axes
 from functitan.errors import (
     CollectiveError,
@@ -12,14 +12,17 @@ from functitan.errors import (
     RulesError,
 )
 from functitan.ops.attention import attention
+from functitan.ops.dropout import dropout
 from functitan.ops.einsum import einsum
 from functitan.ops.lookup import iota, select, take
 from functitan.ops.loss import cross_entropy
 from functitan.ops.move import constrain, reshard, shard, unshard
+from functitan.ops.norm import rms_norm
 from functitan.ops.reduce import broadcast, reduce
 from functitan.param import Param
 from functitan.sharding.context import record, spmd
 from functitan.sharding.distributed import launch, make_mesh
+from functitan.sharding.explain import explain
 from functitan.sharding.init import init
 from functitan.sharding.rules import AxisRules
 from functitan.sharding.virtual import simulate

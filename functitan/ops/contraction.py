@@ -38,9 +38,10 @@ class Type(NamedTuple):
         full = hidden + self.axes
         if self.layout is not None:
             return Layout(full, tuple(self.layout.of(axis) for axis in full))
-        assert env.mesh is not None and env.rules is not None
+        assert env.mesh is not None
         names = hidden + (self.axes if self.lookup is None else self.lookup)
-        return Layout(full, layout_of(names, self.rules or env.rules, env.mesh.sizes).dims)
+        layout = env.layout(names) if self.rules is None else layout_of(names, self.rules, env.mesh.sizes)
+        return Layout(full, layout.dims)
 
 
 class Static(NamedTuple):

@@ -1,4 +1,4 @@
-"""Moves between layouts: `constrain`, `reshard`, `shard`, `unshard`.
+"""Moves between layouts: `constrain`, `where_whole`, `reshard`, `shard`, `unshard`.
 
 Invariant: each is the identity of global values, a contraction with one operand whose result has another layout. Its
 transpose moves back.
@@ -6,6 +6,7 @@ transpose moves back.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -16,10 +17,11 @@ from functitan import tree
 from functitan.axes import Axes, parse_axes, parse_signature, write_axes
 from functitan.errors import LayoutError, MeshError, PatternError, report
 from functitan.ops.contraction import Type, contract
+from functitan.ops.function import hidden_axes
 from functitan.param import Param
 from functitan.sharding.collectives import Label
 from functitan.sharding.context import Env, as_mesh, current
-from functitan.sharding.layout import block_of, check_rank, divisibility, layout_of, whole
+from functitan.sharding.layout import Layout, block_of, check_rank, divisibility, layout_of, whole
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.plan import Contraction, Term
 from functitan.sharding.rules import AxisRules, check_rules
@@ -39,8 +41,46 @@ def constrain(pattern: str, x: Tensor) -> Tensor:
     env = current()
     if env.mesh is None:
         return x
-    typed = Contraction((Type(axes),), (Type(axes, lookup=names),), (Term(0, (0,)),), ())  # type: ignore[arg-type]
-    return contract(typed, (x,), env, Label("constrain", pattern))[0]
+    return _move(Type(axes), Type(axes, lookup=names), x, env, Label("constrain", pattern))
+
+
+def where_whole(pattern: str, axis: str, fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`fn` of a tensor moved so that one axis is whole on every rank, and its result moved back.
+
+    For functions that mix the positions of that axis and keep the shape, elementwise in all others; in the usual layouts
+    nothing moves.
+
+    >>> import torch
+    >>> where_whole("batch embed", "embed", lambda x: x.flip(-1), torch.tensor([[1, 2]]))
+    tensor([[2, 1]])
+    """
+    axes, env = parse_axes(pattern), current()
+    check_rank(axes, tuple(x.shape), f"where_whole({pattern!r})")
+    if env.mesh is None:
+        return fn(x)
+    label, own = Label("where_whole", pattern), Type(axes)
+    hidden = tuple(h.axis for h in hidden_axes(x, env))
+    layout = own.resolve(hidden, env)
+    if not layout.of(axis):
+        return fn(x)
+    goal = Type(axes, layout=Layout(layout.axes, tuple(() if a == axis else layout.of(a) for a in layout.axes)))
+    return _move(goal, own, fn(_move(own, goal, x, env, label)), env, label)
+
+
+def constrain_like(pattern: str, x: Tensor, like_pattern: str, like: Tensor) -> Tensor:
+    """Move a tensor to where its axes lie in another: positions "batch seq" to the queries' "batch seq heads head_dim".
+
+    >>> import torch
+    >>> constrain_like("seq", torch.arange(3), "seq heads", torch.ones(3, 2))
+    tensor([0, 1, 2])
+    """
+    axes, others, env = parse_axes(pattern), parse_axes(like_pattern), current()
+    check_rank(axes, tuple(x.shape), f"constrain_like({pattern!r})")
+    check_rank(others, tuple(like.shape), f"constrain_like({like_pattern!r})")
+    if env.mesh is None:
+        return x
+    layout = Type(others).resolve(tuple(h.axis for h in hidden_axes(like, env)), env)
+    return _move(Type(axes), Type(axes, layout=layout), x, env, Label("constrain_like", pattern))
 
 
 def reshard(values: tree.Tree, patterns: tree.Tree, *, to_rules: AxisRules) -> tree.Tree:
@@ -102,9 +142,12 @@ def _moved(values: tree.Tree, patterns: tree.Tree, env: Env, rules: AxisRules | 
             continue
         check_rank(axes, tuple(x.shape), f"ft.{op}")
         goal = Type(axes, layout=whole(axes)) if to is None else Type(axes, rules=to)
-        typed = Contraction((Type(axes, rules=rules),), (goal,), (Term(0, (0,)),), ())  # type: ignore[arg-type]
-        moved.append(contract(typed, (x,), env, Label(op, write_axes(axes)))[0])
+        moved.append(_move(Type(axes, rules=rules), goal, x, env, Label(op, write_axes(axes))))
     return tree.unflatten(structure, moved)
+
+
+def _move(now: Type, then: Type, x: Tensor, env: Env, label: Label) -> Tensor:
+    return contract(Contraction((now,), (then,), (Term(0, (0,)),), ()), (x,), env, label)[0]  # type: ignore[arg-type]
 
 
 def _axes_of(values: tree.Tree, patterns: tree.Tree, what: str) -> list[Axes | None]:

@@ -35,6 +35,8 @@ class Env(NamedTuple):
     def layout(self, axes: tuple[str, ...]) -> Layout:
         """The layout of a pattern here; only where there is a mesh."""
         assert self.mesh is not None and self.rules is not None
+        if self.ledger is not None:
+            self.ledger.patterns.add(axes)
         return layout_of(axes, self.rules, self.mesh.sizes)
 
     def note(self, collective: str, dims: tuple[str, ...], nbytes: int, dtype: Any, op: str, pattern: str) -> None:

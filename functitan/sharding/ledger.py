@@ -44,6 +44,7 @@ class Ledger:
         self.argument_bytes: int | None = None
         self.peak_bytes: int | None = None
         self.notes: list[str] = []
+        self.patterns: set[tuple[str, ...]] = set()  # every pattern whose layout was asked for
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries)

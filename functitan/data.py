@@ -1,0 +1,299 @@
+"""Token streams: documents -> tokens -> batches, with the position in the data as a value.
+
+Invariant: `next_batch(cursor)` is a pure function. The same cursor gives bitwise the same batch, in any process and at
+any time, and the cursor that comes back continues exactly where the batch ended. So to resume is to store three ints.
+
+The stream is endless: the documents of epoch 0, of epoch 1, ..., each followed by one end-of-text token. A batch is a
+window of it, and the next window starts where this one ends: in each epoch every token is an input once and a label
+once. Batches hold global values, whatever the mesh is; `ft.shard(batch, data.BATCH)` takes a rank's part.
+"""
+
+from __future__ import annotations
+
+import base64
+import operator
+import os
+import sysconfig
+import threading
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tiktoken
+import torch
+from datasets import Dataset, IterableDataset, load_dataset
+from torch import Tensor
+
+from functitan import random
+from functitan.errors import FunctitanError, nearest, report
+
+BATCH = {"tokens": "batch seq", "labels": "batch seq"}
+END_OF_TEXT = "<|endoftext|>"
+
+Documents = Dataset | IterableDataset
+
+_GPT4_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+_NOT_TEXT_TO_LEARN = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_RECENT_DOCUMENTS = 256
+
+
+class Cursor(NamedTuple):
+    """The next token to read: `offset` in the tokens of the document at position `document` of an epoch's order."""
+
+    epoch: int = 0
+    document: int = 0
+    offset: int = 0
+
+
+class TokenStream(NamedTuple):
+    """An endless stream of batches; `next_batch` maps a cursor to (batch, next cursor)."""
+
+    next_batch: Callable[[Sequence[int]], tuple[dict[str, Tensor], Cursor]]
+    encoding: tiktoken.Encoding
+    seq_len: int
+    batch_size: int
+
+
+def token_stream(
+    documents: Documents, encoding: tiktoken.Encoding, seq_len: int, batch_size: int, *, seed: int | None = 0
+) -> TokenStream:
+    """Batches of packed documents.
+
+    Arguments: `documents`, a Hugging Face dataset with a column "text"; `encoding`, which has an end-of-text token;
+    `seed`, for a new order of the documents in each epoch (None: the dataset's own order). A streaming dataset can't
+    be reordered: pass None, after its own `.shuffle(seed=, buffer_size=)` where it shall be.
+    Result: a stream whose batches are {"tokens", "labels"}, int64 of shape (batch_size, seq_len), patterns `BATCH`.
+    The rows of a batch follow each other in the stream. `next_batch` takes a `Cursor` or any three ints, as JSON gives
+    them; a cursor serves any seq_len and batch_size.
+    Raises FunctitanError for bad arguments, and in `next_batch` for a cursor beyond the data.
+
+    >>> documents = Dataset.from_dict({"text": ["abc", "de"]})
+    >>> stream = token_stream(documents, byte_encoding(), seq_len=4, batch_size=1, seed=None)
+    >>> batch, cursor = stream.next_batch(Cursor())
+    >>> batch["tokens"], batch["labels"]
+    (tensor([[ 97,  98,  99, 256]]), tensor([[ 98,  99, 256, 100]]))
+    >>> cursor
+    Cursor(epoch=0, document=1, offset=0)
+    """
+    _check_stream(documents, encoding, seq_len, batch_size, seed)
+    text_at = _texts_in_order(documents, seed) if isinstance(documents, Dataset) else _texts_of_stream(documents)
+
+    @lru_cache(maxsize=_RECENT_DOCUMENTS)
+    def tokens_at(epoch: int, document: int) -> np.ndarray | None:
+        if (text := text_at(epoch, document)) is None:
+            return None
+        return np.append(encoding.encode_to_numpy(text, disallowed_special=()), np.uint32(encoding.eot_token))
+
+    def next_batch(cursor: Sequence[int]) -> tuple[dict[str, Tensor], Cursor]:
+        epoch, document, offset = at = _check_cursor(cursor)
+        tokens = tokens_at(epoch, document)
+        if tokens is None or offset >= len(tokens):
+            raise FunctitanError(_beyond_the_data(at, tokens))
+        pieces: list[np.ndarray] = []
+        missing = batch_size * seq_len + 1  # the last token is a label only: the next batch starts with it
+        while True:
+            pieces.append(tokens[offset : offset + missing])
+            missing -= len(pieces[-1])
+            if not missing:
+                break
+            document, offset, tokens = document + 1, 0, tokens_at(epoch, document + 1)
+            if tokens is None:
+                epoch, document, tokens = epoch + 1, 0, tokens_at(epoch + 1, 0)
+                if tokens is None:
+                    raise FunctitanError(_beyond_the_data(Cursor(epoch, 0, 0), None))
+        window = torch.from_numpy(np.concatenate(pieces).astype(np.int64))
+        # Copies: a batch may be donated, and one storage for two tensors must not be.
+        tokens, labels = (part.reshape(batch_size, seq_len).clone() for part in (window[:-1], window[1:]))
+        return {"tokens": tokens, "labels": labels}, Cursor(epoch, document, offset + len(pieces[-1]) - 1)
+
+    return TokenStream(next_batch, encoding, seq_len, batch_size)
+
+
+def split(documents: Documents, validation: float = 0.05) -> tuple[Documents, Documents]:
+    """(train, validation) documents, chosen by a hash of each text, so that equal texts are on the same side.
+
+    Arguments: `documents` with a column "text"; `validation`, in (0, 1), the expected share of documents.
+    Result: two datasets of the kind given, in the given order; a streaming one stays lazy.
+    Raises FunctitanError for bad arguments, or if a side would be empty.
+
+    >>> train, validation = split(Dataset.from_dict({"text": [str(i) for i in range(100)]}), validation=0.1)
+    >>> len(train), len(validation)
+    (91, 9)
+    """
+    problems = _problems_of(documents)
+    if not 0 < validation < 1:
+        problems.append(f"validation={validation} is not between 0 and 1")
+    if problems:
+        raise FunctitanError(report("split", problems, "give a dataset with a column 'text', and a share like 0.05"))
+
+    def is_validation(text: str) -> bool:
+        return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") < validation * 2**64
+
+    if isinstance(documents, IterableDataset):
+        train = documents.filter(lambda row: not is_validation(row["text"]))
+        return train, documents.filter(lambda row: is_validation(row["text"]))
+    sides: tuple[list[int], list[int]] = ([], [])
+    for index in range(len(documents)):
+        sides[is_validation(documents[index]["text"])].append(index)
+    if not all(sides):
+        problem = f"of {len(documents)} documents {len(sides[0])} are for training, {len(sides[1])} for validation"
+        raise FunctitanError(report("split", [problem], "give more documents, or another share"))
+    return documents.select(sides[0]), documents.select(sides[1])
+
+
+def byte_encoding() -> tiktoken.Encoding:
+    """The encoding of UTF-8 bytes: token i < 256 is the byte i, 256 is the end of text. Needs no file.
+
+    >>> byte_encoding().encode("hé"), byte_encoding().n_vocab
+    ([104, 195, 169], 257)
+    """
+    ranks = {bytes([i]): i for i in range(256)}  # the pattern only cuts the work into small pieces
+    return tiktoken.Encoding("bytes", pat_str=r"[\s\S]{1,64}", mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 256})
+
+
+def encoding(name_or_path: str | os.PathLike, *, pattern: str = _GPT4_PATTERN) -> tiktoken.Encoding:
+    """A tiktoken encoding.
+
+    Arguments: `name_or_path`, "bytes", a name that tiktoken knows (it downloads the ranks at first use) or a
+    `.tiktoken` file of ranks, such as Llama 3's, whose end of text becomes the token after the last rank;
+    `pattern`, the regular expression that cuts text before merging, for a file only (default: GPT-4's and Llama 3's).
+    Raises FunctitanError for an unknown name and for a file that can't be read as ranks of all bytes.
+
+    >>> encoding("bytes").n_vocab
+    257
+    """
+    name, known = str(name_or_path), ["bytes", *tiktoken.list_encoding_names()]
+    if name in known:
+        return byte_encoding() if name == "bytes" else tiktoken.get_encoding(name)
+    path = Path(name)
+    if not path.is_file():
+        problem = f"{name!r} is neither a name{nearest(name, known)} nor a file"
+        raise FunctitanError(report("encoding", [problem], f"give a .tiktoken file or one of {known}"))
+    try:
+        lines = [line.split() for line in path.read_bytes().splitlines() if line]
+        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        missing = [i for i in range(256) if bytes([i]) not in ranks]
+    except ValueError as error:
+        raise FunctitanError(
+            report(f"encoding({name!r})", [str(error)], "each line is a base64 token, a rank")
+        ) from None
+    if missing:
+        problem = f"{len(missing)} of the 256 bytes have no rank, the first is {missing[0]}"
+        raise FunctitanError(report(f"encoding({name!r})", [problem], "give the ranks of a byte-level encoding"))
+    end = {END_OF_TEXT: max(ranks.values()) + 1}
+    return tiktoken.Encoding(path.stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens=end)
+
+
+def stdlib_documents() -> Dataset:
+    """The sources of Python's standard library without its tests, sorted by path: about 12 MB of text on any machine.
+
+    Result: columns "path" (relative) and "text". Raises FunctitanError where Python came without sources.
+
+    >>> "path" in stdlib_documents().column_names
+    True
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found: list[Path] = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in _NOT_TEXT_TO_LEARN]
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    if not found:
+        raise FunctitanError(report("stdlib_documents", [f"no .py file in {root}"], "use huggingface_documents"))
+    text = {path.relative_to(root).as_posix(): path.read_text(encoding="utf-8", errors="replace") for path in found}
+    return Dataset.from_dict({"path": sorted(text), "text": [text[path] for path in sorted(text)]})
+
+
+def huggingface_documents(
+    path: str, name: str | None = None, split: str = "train", *, column: str = "text", streaming: bool = True
+) -> Documents:
+    """Documents of a Hugging Face dataset, or of a folder of JSON, Parquet or text files.
+
+    Arguments: `path`, `name` and `split` as for `datasets.load_dataset`; `column`, the one that holds the text;
+    `streaming`, whether to read as needed instead of downloading first.
+    Result: a dataset of the one column "text". Raises FunctitanError if there is no such column.
+    """
+    documents = load_dataset(path, name, split=split, streaming=streaming)
+    columns = documents.column_names or list(next(iter(documents), {}))
+    if column not in columns:
+        problem = f"no column {column!r}{nearest(column, columns)}: the columns are {columns}"
+        raise FunctitanError(report(f"huggingface_documents({path!r})", [problem], "name the one with text: column="))
+    documents = documents.select_columns([column])
+    return documents if column == "text" else documents.rename_column(column, "text")
+
+
+def _texts_in_order(documents: Dataset, seed: int | None) -> Callable[[int, int], str | None]:
+    @lru_cache(maxsize=2)  # a batch may meet two epochs
+    def order(epoch: int) -> np.ndarray:
+        if seed is None:
+            return np.arange(len(documents))
+        rank = random.bits(random.fold_in(random.key(seed), epoch), (len(documents),))
+        return torch.argsort(rank, stable=True).cpu().numpy()
+
+    return lambda epoch, index: documents[int(order(epoch)[index])]["text"] if index < len(documents) else None
+
+
+def _texts_of_stream(documents: IterableDataset) -> Callable[[int, int], str | None]:
+    """Reads on where the last call ended, and opens the stream anew for any other place."""
+    lock = threading.Lock()  # ranks that are threads share a stream
+    rows, place = iter(()), None
+
+    def text_at(epoch: int, index: int) -> str | None:
+        nonlocal rows, place
+        with lock:
+            if place != (epoch, index):
+                opened = documents.skip(index)
+                opened.set_epoch(epoch)  # of this copy; a shuffled stream takes its order from it
+                rows = iter(opened)
+            place = None  # a read that fails leaves no place to go on from
+            row = next(rows, None)
+            place = (epoch, index + 1)
+        return None if row is None else row["text"]
+
+    return text_at
+
+
+def _check_stream(
+    documents: Documents, encoding: tiktoken.Encoding, seq_len: int, batch_size: int, seed: int | None
+) -> None:
+    problems = _problems_of(documents)
+    sizes = {"seq_len": seq_len, "batch_size": batch_size}
+    problems += [f"{n}={v!r} is not an int >= 1" for n, v in sizes.items() if type(v) is not int or v < 1]
+    if END_OF_TEXT not in encoding.special_tokens_set:
+        problems.append(f"the encoding {encoding.name!r} has no {END_OF_TEXT} to put between documents")
+    if seed is not None and isinstance(documents, IterableDataset):
+        problems.append(f"seed={seed}, but a streaming dataset can't be reordered: pass seed=None and use its .shuffle")
+    if problems:
+        fix = "write as in token_stream(stdlib_documents(), byte_encoding(), seq_len=256, batch_size=8)"
+        raise FunctitanError(report("token_stream", problems, fix))
+
+
+def _problems_of(documents: Documents) -> list[str]:
+    if not isinstance(documents, Dataset | IterableDataset):
+        return [f"documents is a {type(documents).__name__}, not a dataset as Dataset.from_dict makes it"]
+    columns = documents.column_names or list(next(iter(documents), {}))
+    if columns and "text" not in columns:
+        return [f"documents has no column 'text': its columns are {columns}"]
+    return [] if next(iter(documents), None) else ["documents is empty"]
+
+
+def _check_cursor(cursor: Sequence[int]) -> Cursor:
+    try:
+        checked = Cursor(*map(operator.index, cursor))
+    except TypeError:
+        checked = Cursor(-1)
+    if min(checked) < 0:
+        problem = f"{cursor!r} is not three ints >= 0: epoch, document, offset"
+        raise FunctitanError(report("next_batch", [problem], "start with Cursor(), go on with the cursor of a batch"))
+    return checked
+
+
+def _beyond_the_data(cursor: Cursor, tokens: np.ndarray | None) -> str:
+    found = "the data has no such document" if tokens is None else f"that document has {len(tokens)} tokens"
+    fix = "use a cursor of the same documents and encoding"
+    return report("next_batch", [f"{cursor} is beyond the data: {found}"], fix)

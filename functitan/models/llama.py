@@ -1,0 +1,134 @@
+"""Llama 3 (The Llama 3 Herd of Models, 2024): declarations, the function, its loss, and the published sizes.
+
+Invariant: nothing here mentions devices; every tensor's layout follows from its pattern.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functitan import tree
+from functitan.nn import attention, rms_norm, swiglu
+from functitan.nn.rope import RopeScaling
+from functitan.ops.einsum import einsum
+from functitan.ops.loss import IGNORE, cross_entropy
+from functitan.ops.lookup import iota, take
+from functitan.ops.reduce import reduce
+from functitan.param import Param, normal
+from functitan.sharding.rules import AxisRules
+
+RULES = AxisRules(
+    {
+        "batch": ("dp", "fsdp"),
+        "heads": "tp",
+        "kv_heads": "tp",
+        "mlp": "tp",
+        "vocab": "tp",
+        "seq": ("cp", "tp"),
+        "embed": ("fsdp", "cp"),
+        "head_dim": None,
+    }
+)
+
+
+class LlamaConfig(NamedTuple):
+    """The sizes of a Llama; `config._replace(...)` gives another."""
+
+    vocab_size: int
+    embed: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp: int
+    rope_theta: float = 500000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    tied: bool = False
+
+    @property
+    def padded_vocab(self) -> int:
+        """The vocabulary rounded up to a multiple of 128, so that mesh dims divide it; padded logits are -inf."""
+        return -(-self.vocab_size // 128) * 128
+
+
+DEBUG = LlamaConfig(2048, 256, 6, 8, 4, 32, 768)
+LLAMA_1B = LlamaConfig(128256, 2048, 16, 32, 8, 64, 8192, rope_scaling=RopeScaling(32.0), tied=True)
+LLAMA_3B = LlamaConfig(128256, 3072, 28, 24, 8, 128, 8192, rope_scaling=RopeScaling(32.0), tied=True)
+LLAMA_8B = LlamaConfig(128256, 4096, 32, 32, 8, 128, 14336, rope_scaling=RopeScaling())
+LLAMA_70B = LlamaConfig(128256, 8192, 80, 64, 8, 128, 28672, rope_scaling=RopeScaling())
+LLAMA_405B = LlamaConfig(128256, 16384, 126, 128, 8, 128, 53248, rope_scaling=RopeScaling())
+CONFIGS = {
+    "debug": DEBUG, "1B": LLAMA_1B, "3B": LLAMA_3B, "8B": LLAMA_8B, "70B": LLAMA_70B, "405B": LLAMA_405B
+}  # fmt: skip
+
+
+def params(config: LlamaConfig) -> tree.Tree:
+    """The tree of declarations. Without "unembedding" the embedding serves as output too (`config.tied`)."""
+    declared = {
+        "embedding": Param("vocab embed", (config.padded_vocab, config.embed), normal(0.02)),
+        "layers": [block_params(config) for _ in range(config.num_layers)],
+        "norm": rms_norm.params(config.embed),
+    }
+    if not config.tied:
+        declared["unembedding"] = Param("embed vocab", (config.embed, config.padded_vocab), normal(config.embed**-0.5))
+    return declared
+
+
+def block_params(config: LlamaConfig) -> tree.Tree:
+    """The declarations of one block."""
+    return {
+        "attention_norm": rms_norm.params(config.embed),
+        "attention": attention.params(config.embed, config.num_heads, config.num_kv_heads, config.head_dim),
+        "mlp_norm": rms_norm.params(config.embed),
+        "mlp": swiglu.params(config.embed, config.mlp),
+    }
+
+
+def block(
+    params: tree.Tree, x: Tensor, config: LlamaConfig, positions: Tensor | None = None, segments: Tensor | None = None
+) -> Tensor:
+    """One block, "batch seq embed" to the same: x + attention(norm(x)), then x + mlp(norm(x))."""
+    x = x + attention.apply(
+        params["attention"], rms_norm.apply(params["attention_norm"], x, eps=config.norm_eps),
+        theta=config.rope_theta, scaling=config.rope_scaling, positions=positions, segments=segments,
+    )  # fmt: skip
+    return x + swiglu.apply(params["mlp"], rms_norm.apply(params["mlp_norm"], x, eps=config.norm_eps))
+
+
+def apply(
+    params: tree.Tree,
+    tokens: Tensor,
+    config: LlamaConfig,
+    *,
+    positions: Tensor | None = None,
+    segments: Tensor | None = None,
+    block: Callable[..., Tensor] = block,
+) -> Tensor:
+    """Logits "batch seq vocab" of tokens "batch seq" (int64).
+
+    `block` replaces the function of a block: `functools.partial` or any wrapper of `llama.block`.
+    """
+    x = take("batch seq, vocab embed -> batch seq embed", tokens, params["embedding"])
+    for layer in params["layers"]:
+        x = block(layer, x, config, positions, segments)
+    x = rms_norm.apply(params["norm"], x, eps=config.norm_eps)
+    if config.tied:
+        logits = einsum("batch seq embed, vocab embed -> batch seq vocab", x, params["embedding"])
+    else:
+        logits = einsum("batch seq embed, embed vocab -> batch seq vocab", x, params["unembedding"])
+    if config.padded_vocab == config.vocab_size:
+        return logits
+    real = iota("batch seq vocab", "vocab", like=logits)[0, 0] < config.vocab_size
+    return torch.where(real, logits, float("-inf"))
+
+
+def loss(params: tree.Tree, batch: dict[str, Tensor], config: LlamaConfig, **options: Any) -> tuple[Tensor, Tensor]:
+    """(sum of the cross entropies, number of labels that count) of {"tokens", "labels"}, both "batch seq"."""
+    logits = apply(params, batch["tokens"], config, **options)
+    total = cross_entropy("batch seq vocab, batch seq ->", logits, batch["labels"])
+    return total, reduce("batch seq ->", (batch["labels"] != IGNORE).to(total.dtype))

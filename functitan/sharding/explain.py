@@ -1,0 +1,155 @@
+"""`ft.explain`: what a program would communicate and hold on any mesh, worked out by running it on fake tensors.
+
+Invariant: the program runs as it would on rank 0 of that mesh, with every collective replaced by its shape; nothing is
+allocated or sent.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from functitan import tree
+from functitan.axes import Axes, parse_axes, write_axes
+from functitan.errors import LayoutError, MeshError, report
+from functitan.param import Param
+from functitan.sharding.context import Env, as_mesh, current, using
+from functitan.sharding.layout import check_rank, divisibility, layout_of, local_shape
+from functitan.sharding.ledger import Ledger
+from functitan.sharding.mesh import Mesh, MeshSizes, Transport, mesh_sizes
+from functitan.sharding.rules import AxisRules, check_rules
+
+
+def explain(
+    fn: Callable[..., Any],
+    *args: Any,
+    mesh: DeviceMesh | Mesh | Mapping[str, int],
+    rules: AxisRules | None = None,
+    patterns: tree.Tree = None,
+) -> Ledger:
+    """The ledger of one call of `fn` on a mesh: its collectives in order, and the memory of one rank.
+
+    `args` have global shapes: tensors (on "meta" will do), `Param`s, or anything else, which is passed as it is.
+    `patterns` is a tree or prefix of the patterns of `args`, a tuple with an entry for each; `None` and missing ones
+    mean whole tensors, and a `Param` brings its own. `mesh` is `{name: size}` or a mesh. Raises before the run what
+    `ft.shard` would raise.
+
+    >>> import functitan as ft
+    >>> matmul = lambda x, w: ft.einsum("batch embed, embed mlp -> batch mlp", x, w)
+    >>> rules = ft.AxisRules({"batch": "fsdp", "mlp": None, "embed": "fsdp"})
+    >>> ledger = explain(matmul, Param("batch embed", (64, 256)), Param("embed mlp", (256, 512)), mesh=dict(fsdp=4), rules=rules)
+    >>> [(entry.collective, entry.mesh_dims, entry.bytes) for entry in ledger]
+    [('all_gather', ('fsdp',), 393216)]
+    """
+    sizes = _sizes(mesh)
+    if not isinstance(rules, AxisRules):
+        raise MeshError(report("ft.explain", [f"rules is {rules!r}"], "give a table: rules=ft.AxisRules({...})"))
+    check_rules(rules, sizes)
+    given = patterns if isinstance(patterns, tuple) and len(patterns) == len(args) else (patterns,) * len(args)
+    leaves, structure = tree.flatten(args)
+    axes = [_axes(leaf, pattern) for leaf, pattern in zip(leaves, tree.broadcast_prefix(given, args, "ft.explain"), strict=True)]
+    _check(tree.paths(args), leaves, axes, rules, sizes)
+    ledger = Ledger(f"one call on {dict(zip(sizes.dims, sizes.sizes, strict=True))}, rank 0")
+    env = Env(Mesh(sizes, (0,) * len(sizes.dims), _transport(sizes)), rules, ledger=ledger)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        shards = [_shard(leaf, its, rules, sizes) for leaf, its in zip(leaves, axes, strict=True)]
+        memory = _Memory([x for x in shards if isinstance(x, Tensor)])
+        ledger.argument_bytes = memory.alive
+        with using(current()._replace(**env._asdict())), memory:
+            fn(*tree.unflatten(structure, shards))
+        ledger.peak_bytes = memory.peak
+    ledger.notes += _unused(rules, ledger, sizes)
+    return ledger
+
+
+class _Memory(TorchDispatchMode):
+    """Bytes of the storages alive, and the most there were."""
+
+    def __init__(self, arguments: list[Tensor]) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self.known: set[int] = set()
+        for x in arguments:
+            self._enter(x)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, Tensor):
+                self._enter(x)
+        return out
+
+    def _enter(self, x: Tensor) -> None:
+        storage = x.untyped_storage()
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.alive += storage.nbytes()
+            self.peak = max(self.peak, self.alive)
+            weakref.finalize(storage, self._leave, storage._cdata, storage.nbytes())
+
+    def _leave(self, identity: int, nbytes: int) -> None:
+        self.known.discard(identity)
+        self.alive -= nbytes
+
+
+def _transport(sizes: MeshSizes) -> Transport:
+    def all_gather(x, dims, note):
+        return x.new_empty((sizes.size(dims), *x.shape))
+
+    def reduce_scatter(x, dims, op, note):
+        return x.new_empty(x.shape[1:])
+
+    def same(x, dims, *options):
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    return Transport("explain", all_gather, reduce_scatter, same, same, same)
+
+
+def _sizes(mesh: Any) -> MeshSizes:
+    if isinstance(mesh, Mapping):
+        return mesh_sizes(mesh)
+    known = as_mesh(mesh)
+    if known is None:
+        raise MeshError(report("ft.explain", ["mesh is None"], "give sizes, as in mesh=dict(fsdp=64, tp=8)"))
+    return known.sizes
+
+
+def _axes(leaf: Any, pattern: Any) -> Axes | None:
+    if isinstance(leaf, Param):
+        return parse_axes(leaf.pattern)
+    if pattern is None or not isinstance(leaf, Tensor):
+        return None
+    return parse_axes(pattern.pattern if isinstance(pattern, Param) else pattern)
+
+
+def _check(paths: list[str], leaves: list[Any], axes: list[Axes | None], rules: AxisRules, sizes: MeshSizes) -> None:
+    problems = []
+    for path, leaf, its in zip(paths, leaves, axes, strict=True):
+        if its is not None:
+            check_rank(its, tuple(leaf.shape), f"ft.explain, argument {path}")
+            problems += divisibility(layout_of(its, rules, sizes), tuple(leaf.shape), sizes, f"argument {path}")
+    if problems:
+        raise LayoutError(report("ft.explain", problems, "change the sizes, the mesh, or the rules of those axes"))
+
+
+def _shard(leaf: Any, axes: Axes | None, rules: AxisRules, sizes: MeshSizes) -> Any:
+    if axes is not None:
+        return torch.empty(local_shape(layout_of(axes, rules, sizes), tuple(leaf.shape), sizes), dtype=leaf.dtype)
+    return torch.empty(leaf.shape, dtype=leaf.dtype) if isinstance(leaf, Tensor) else leaf
+
+
+def _unused(rules: AxisRules, ledger: Ledger, sizes: MeshSizes) -> list[str]:
+    """Rules that no pattern used, and rules that name mesh dims but never won one."""
+    used = {axis for axes in ledger.patterns for axis in axes}
+    won = {axis for axes in ledger.patterns for axis in axes if layout_of(axes, rules, sizes).of(axis)}
+    idle = [name for name in rules if name not in used]
+    beaten = [name for name, dims in rules.items() if name in used - won and sizes.size(dims) > 1]
+    notes = [f"rules that nothing used: {write_axes(tuple(idle))}"] if idle else []
+    return notes + ([f"rules that never won a mesh dim: {write_axes(tuple(beaten))}"] if beaten else [])
