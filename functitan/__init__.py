@@ -1,6 +1,6 @@
 """functitan: functional SPMD training in pure PyTorch. Every tensor axis has a name; one table maps names to the mesh."""
 
-from functitan import models, nn, random, tree
+from functitan import metrics, models, nn, optim, random, tree
 from functitan.axes import parse_axes
 from functitan.errors import (
     CollectiveError,
@@ -28,3 +28,12 @@ from functitan.sharding.rules import AxisRules
 from functitan.sharding.virtual import simulate
 from functitan.transforms.grad import grad, hvp, jvp, value_and_grad
 from functitan.transforms.vmap import vmap
+from functitan.train import TrainState, train_step
+
+
+def __getattr__(name: str):
+    if name == "data":  # its own import of `datasets` takes a second or two
+        import importlib
+
+        return importlib.import_module("functitan.data")
+    raise AttributeError(f"module 'functitan' has no attribute {name!r}")

@@ -21,7 +21,7 @@ from functitan.ops.function import needs_higher_derivatives
 from functitan.sharding.collectives import Label
 from functitan.sharding.context import Env, current
 from functitan.sharding.layout import Layout, check_rank
-from functitan.sharding.plan import Contraction, Term
+from functitan.sharding.contraction import Contraction, Term
 
 _REPLICA = "_replica"
 

@@ -17,7 +17,9 @@ from functitan.ops.local import product
 from functitan.sharding.collectives import Label, run_step
 from functitan.sharding.context import Env
 from functitan.sharding.layout import Layout, layout_of
-from functitan.sharding.plan import Contraction, Fixed, Plan, Term, cotangents, plan, tangents
+from functitan.sharding.choice import Fixed
+from functitan.sharding.contraction import Contraction, Term, cotangents, tangents
+from functitan.sharding.plan import Plan, plan
 from functitan.sharding.rules import AxisRules
 
 

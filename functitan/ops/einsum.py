@@ -16,7 +16,7 @@ from functitan.ops.contraction import Type, contract
 from functitan.ops.local import product
 from functitan.sharding.collectives import Label
 from functitan.sharding.context import current
-from functitan.sharding.plan import Contraction, terms_of
+from functitan.sharding.contraction import Contraction, terms_of
 
 
 def einsum(pattern: str, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:

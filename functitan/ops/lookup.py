@@ -21,7 +21,9 @@ from functitan.ops.function import Call, Op, apply, hidden_axes
 from functitan.sharding.collectives import Label, run_step
 from functitan.sharding.context import Env, current
 from functitan.sharding.layout import Layout, check_rank, layout_of
-from functitan.sharding.plan import Contraction, Fixed, Plan, Term, plan
+from functitan.sharding.choice import Fixed
+from functitan.sharding.contraction import Contraction, Term
+from functitan.sharding.plan import Plan, plan
 
 
 def take(pattern: str, indices: Tensor, table: Tensor) -> Tensor:
@@ -193,7 +195,7 @@ def _take(axes: _Axes, indices: Tensor, table: Tensor, inside: Tensor | None = N
         out = embedding(indices, table)
     elif not shared:
         rows = table.movedim(axes.table.index(axes.looked_up), 0)
-        out = rows.index_select(0, indices.reshape(-1)).reshape(*indices.shape, *rows.shape[1:])
+        out = rows.index_select(0, indices.reshape(-1)).reshape(indices.shape + rows.shape[1:])
     else:
         flat, ids, shape = _flat_table(axes, table), _flat_indices(axes, indices), _shape(axes, indices, table)
         out = flat.gather(1, ids.unsqueeze(-1).expand(-1, -1, flat.shape[2])).reshape(shape)

@@ -22,7 +22,7 @@ from functitan.sharding.collectives import Label, run_step
 from functitan.sharding.context import Env, current
 from functitan.sharding.layout import Layout, check_rank
 from functitan.sharding.moves import Step
-from functitan.sharding.plan import Contraction, Term
+from functitan.sharding.contraction import Contraction, Term
 
 IGNORE = -100
 

@@ -23,7 +23,7 @@ from functitan.sharding.collectives import Label
 from functitan.sharding.context import Env, as_mesh, current
 from functitan.sharding.layout import Layout, block_of, check_rank, divisibility, layout_of, whole
 from functitan.sharding.mesh import Mesh
-from functitan.sharding.plan import Contraction, Term
+from functitan.sharding.contraction import Contraction, Term
 from functitan.sharding.rules import AxisRules, check_rules
 
 

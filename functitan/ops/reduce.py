@@ -20,7 +20,7 @@ from functitan.ops.local import product
 from functitan.sharding.collectives import Label
 from functitan.sharding.context import Env, current
 from functitan.sharding.layout import check_rank
-from functitan.sharding.plan import Contraction, Term
+from functitan.sharding.contraction import Contraction, Term
 
 _OPS = ("sum", "mean", "max", "logsumexp")
 

@@ -66,15 +66,6 @@ def mesh_of(device_mesh: DeviceMesh) -> Mesh:
     return Mesh(sizes, tuple(coordinate), _transport(group))
 
 
-def launch(fn: Callable[..., Any], *args: Any, nprocs: int, timeout: float = TIMEOUT_S) -> list[Any]:
-    """Run `fn(*args)` in `nprocs` new local processes, as torchrun would; the list of their results, by rank.
-
-    `fn` is importable (a module's top-level function) and makes its mesh with `ft.make_mesh`. Raises the first
-    failing rank's error; ends every process it started.
-    """
-    return _launch(fn, args, nprocs, timeout)
-
-
 def _group(device_mesh: DeviceMesh, sizes: MeshSizes, coordinate: tuple[int, ...], dims: Dims) -> tuple[str, int, int]:
     """(group name, number of ranks, this process's number in it) over `dims`, in their order."""
     n = sizes.size(dims)
@@ -116,6 +107,3 @@ def _transport(group: Callable[[Dims], tuple[str, int, int]]) -> Transport:
 
     return Transport("distributed", all_gather, reduce_scatter, all_reduce, all_to_all, permute)
 
-
-def _launch(fn: Callable[..., Any], args: tuple[Any, ...], nprocs: int, timeout: float) -> list[Any]:
-    raise NotImplementedError

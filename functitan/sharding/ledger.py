@@ -22,6 +22,9 @@ FORMULAS = {  # bytes sent by one rank, from the local input's bytes and the num
 }
 
 
+_WIDTH = 72  # of the pattern's column in the table
+
+
 class Entry(NamedTuple):
     """One collective of one rank."""
 
@@ -60,7 +63,7 @@ class Ledger:
         return sum(entry.bytes for entry in self.entries if mesh_dim is None or mesh_dim in entry.mesh_dims)
 
     def __str__(self) -> str:
-        columns = ("phase", "collective", "over", "MiB each", "dtype", "times", "op", "pattern")
+        columns = ("phase", "collective", "over", "each", "dtype", "times", "op", "pattern")
         rows = [columns, *map(_row, _runs(self.entries))]
         widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
         right = {3, 5}
@@ -73,16 +76,16 @@ class Ledger:
 
     def _sums(self) -> list[str]:
         dims = sorted({dim for entry in self.entries for dim in entry.mesh_dims})
-        over = ", ".join(f"{dim} {_mib(self.total_bytes(dim))}" for dim in dims)
-        lines = [f"{len(self.entries)} collectives, {_mib(self.total_bytes())} MiB sent by each rank" + (f" ({over})" if over else "")]
+        over = ", ".join(f"{dim} {_size(self.total_bytes(dim))}" for dim in dims)
+        lines = [f"{len(self.entries)} collectives, {_size(self.total_bytes())} sent by each rank" + (f" ({over})" if over else "")]
         if self.argument_bytes is not None:
-            lines.append(f"arguments {_mib(self.argument_bytes)} MiB on each rank")
+            lines.append(f"arguments {_size(self.argument_bytes)} on each rank")
         if self.peak_bytes is not None:
-            lines.append(f"peak memory {_mib(self.peak_bytes)} MiB on each rank, arguments included")
+            lines.append(f"peak memory {_size(self.peak_bytes)} on each rank, arguments included")
         return lines + [f"note: {note}" for note in self.notes]
 
     def __repr__(self) -> str:
-        return f"<Ledger of {len(self.entries)} collectives, {_mib(self.total_bytes())} MiB>"
+        return f"<Ledger of {len(self.entries)} collectives, {_size(self.total_bytes())}>"
 
 
 def _runs(entries: list[Entry]) -> list[tuple[Entry, int]]:
@@ -101,8 +104,13 @@ def _row(run: tuple[Entry, int]) -> tuple[str, ...]:
     phase = entry.phase + (" (again)" if entry.recomputed else "")
     dtype = str(entry.dtype).removeprefix("torch.")
     dims = "·".join(entry.mesh_dims)
-    return phase, entry.collective, dims, _mib(entry.bytes), dtype, str(times), entry.op, entry.pattern
+    return phase, entry.collective, dims, _size(entry.bytes), dtype, str(times), entry.op, _short(entry.pattern)
 
 
-def _mib(nbytes: int) -> str:
-    return f"{nbytes / 2**20:,.3f}" if nbytes < 2**20 else f"{nbytes / 2**20:,.1f}"
+def _size(nbytes: int) -> str:
+    scale = min(3, max(0, (max(nbytes, 1).bit_length() - 1) // 10))
+    return f"{nbytes / 1024**scale:,.{1 if scale else 0}f} {('B', 'KiB', 'MiB', 'GiB')[scale]}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _WIDTH else text[: _WIDTH - 4] + " ..."

@@ -1,0 +1,43 @@
+"""Optimizers as gradient transformations, in optax's form."""
+
+from functitan.optim.adam import AdamState, adamw, scale_by_adam
+from functitan.optim.clip import ClipState, clip_by_global_norm, global_norm
+from functitan.optim.schedules import Schedule, constant, cosine, linear, warmup_cosine
+from functitan.optim.sgd import MomentumState, scale_by_momentum, sgd
+from functitan.optim.transform import (
+    GradientTransformation,
+    ScheduleState,
+    add_decayed_weights,
+    apply_updates,
+    chain,
+    decay_matrices,
+    identity,
+    scale,
+    scale_by_learning_rate,
+)
+
+__all__ = [
+    "AdamState",
+    "ClipState",
+    "GradientTransformation",
+    "MomentumState",
+    "Schedule",
+    "ScheduleState",
+    "adamw",
+    "add_decayed_weights",
+    "apply_updates",
+    "chain",
+    "clip_by_global_norm",
+    "constant",
+    "cosine",
+    "decay_matrices",
+    "global_norm",
+    "identity",
+    "linear",
+    "scale",
+    "scale_by_adam",
+    "scale_by_learning_rate",
+    "scale_by_momentum",
+    "sgd",
+    "warmup_cosine",
+]

@@ -1,0 +1,58 @@
+"""Stochastic gradient descent with momentum.
+
+Invariant: `sgd` equals `torch.optim.SGD` without dampening.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from functitan import tree
+from functitan.errors import FunctitanError, report
+from functitan.optim.kernels import add_, copy_, owned, scale_
+from functitan.optim.schedules import Schedule
+from functitan.optim.state import aligned, zeros_beside
+from functitan.optim.transform import GradientTransformation, chain, scale_by_learning_rate
+
+
+class MomentumState(NamedTuple):
+    """`momentum`: a tree like the parameters."""
+
+    momentum: tree.Tree
+
+
+def sgd(
+    learning_rate: float | Schedule, momentum: float | None = None, nesterov: bool = False
+) -> GradientTransformation:
+    """Gradient descent, with momentum where it is given, as `torch.optim.SGD`.
+
+    >>> import torch
+    >>> tx = sgd(0.1)
+    >>> tx.update({"w": torch.ones(2)}, tx.init({"w": torch.ones(2)}))[0]
+    {'w': tensor([-0.1000, -0.1000])}
+    """
+    if momentum is None and nesterov:
+        raise FunctitanError(report("sgd", ["nesterov=True without momentum"], "sgd(0.1, momentum=0.9, nesterov=True)"))
+    step = scale_by_learning_rate(learning_rate)
+    return step if momentum is None else chain(scale_by_momentum(momentum, nesterov), step)
+
+
+def scale_by_momentum(decay: float, nesterov: bool = False) -> GradientTransformation:
+    """The running sum `m = decay m + g`; with `nesterov`, `g + decay m`.
+
+    Sutskever et al., On the importance of initialization and momentum in deep learning, 2013.
+    """
+
+    def update(updates, state, params=None, patterns=None, donate=False):
+        grads, momentum = aligned("scale_by_momentum", updates, momentum=state.momentum)
+        grads, momentum = owned(grads, donate), owned(momentum, donate)
+        scale_(momentum, decay)
+        add_(momentum, grads)
+        if nesterov:
+            add_(grads, momentum, alpha=decay)
+        else:
+            copy_(grads, momentum)  # not the same tensors: who comes next may write into the updates
+        structure = tree.flatten(updates)[1]
+        return tree.unflatten(structure, grads), MomentumState(tree.unflatten(structure, momentum))
+
+    return GradientTransformation(lambda params: MomentumState(zeros_beside(params)), update)

@@ -1,0 +1,70 @@
+"""What states are made of: zeros beside each parameter, and counts of steps.
+
+Invariant: the state of a tree of `Param` is a tree of `Param`, with each parameter's pattern and shape; of tensors, of
+tensors with their shape, dtype and device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functitan import tree
+from functitan.errors import FunctitanError, report
+from functitan.param import Param, zeros
+
+
+def zeros_beside(params: tree.Tree) -> tree.Tree:
+    """Zeros of each parameter's shape, dtype and device; declarations of them for declarations.
+
+    >>> zeros_beside({"w": Param("embed mlp", (4, 8))})
+    {'w': Param('embed mlp', (4, 8))}
+    """
+    return tree.map(_zeros, params)
+
+
+def scalar_beside(params: tree.Tree, dtype: torch.dtype) -> Any:
+    """One zero `[]`, placed like the parameters; its declaration for declarations.
+
+    >>> scalar_beside({"w": torch.ones(2)}, torch.int64)
+    tensor(0)
+    """
+    leaves = tree.leaves(params)
+    if leaves and isinstance(leaves[0], Param):
+        return Param("", (), zeros, dtype)
+    return torch.zeros((), dtype=dtype, device=leaves[0].device if leaves else None)
+
+
+def aligned(what: str, updates: tree.Tree, **others: tree.Tree) -> tuple[list[Tensor], ...]:
+    """The leaves of trees of one structure. Raises `FunctitanError` that lists each leaf of another shape or dtype."""
+    leaves, structure = tree.flatten(updates)
+    found = [leaves]
+    problems = []
+    for name, other in others.items():
+        its, its_structure = tree.flatten(other)
+        found.append(its)
+        if its_structure != structure:
+            problems.append(f"updates and {name} have different structures: {structure} and {its_structure}")
+            continue
+        for i, (x, y) in enumerate(zip(leaves, its, strict=True)):
+            if x.shape != y.shape or x.dtype != y.dtype:
+                path = tree.paths(updates)[i] or "leaf"
+                problems.append(f"{path}: updates {_described(x)}, {name} {_described(y)}")
+    if problems:
+        raise FunctitanError(report(what, problems, _FIX_ALIGN))
+    return tuple(found)
+
+
+def _zeros(leaf: Param | Tensor) -> Param | Tensor:
+    if isinstance(leaf, Param):
+        return Param(leaf.pattern, leaf.shape, zeros, leaf.dtype)
+    return torch.zeros_like(leaf, memory_format=torch.contiguous_format)
+
+
+def _described(x: Tensor) -> str:
+    return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+
+
+_FIX_ALIGN = "give gradients of these parameters, in their dtypes, and the state that tx.init(params) made for them"

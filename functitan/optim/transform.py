@@ -1,0 +1,171 @@
+"""Gradient transformations in optax's form: pairs of pure functions that compose by `chain`.
+
+Invariant: `update` leaves what it is given untouched, unless `donate=True` lets it write into updates and state; the
+bits are the same either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functitan import tree
+from functitan.axes import parse_axes
+from functitan.errors import FunctitanError, report
+from functitan.optim.kernels import add_, owned, scale_
+from functitan.optim.schedules import Schedule
+from functitan.optim.state import aligned, scalar_beside
+from functitan.param import Param
+
+State = Any
+Mask = tree.Tree | Callable[[str, Any], bool]
+
+
+class GradientTransformation(NamedTuple):
+    """A pair of pure functions: `init(params) -> state` and
+
+    `update(updates, state, params=None, patterns=None, donate=False) -> (updates, state)`.
+
+    `params` are tensors, or `Param`s, of which `init` declares the state. `patterns` is a tree, or a prefix, of the
+    leaves' patterns; only a mesh needs it.
+    """
+
+    init: Callable[[tree.Tree], State]
+    update: Callable[..., tuple[tree.Tree, State]]
+
+
+class ScheduleState(NamedTuple):
+    """`count`: the number of steps taken, `[]` int64."""
+
+    count: Any
+
+
+def identity() -> GradientTransformation:
+    """Leaves updates as they are."""
+    return GradientTransformation(lambda params: (), lambda updates, state, *args, **kwargs: (updates, state))
+
+
+def chain(*transformations: GradientTransformation) -> GradientTransformation:
+    """One transformation after the other; the state is the tuple of their states.
+
+    >>> import torch
+    >>> tx = chain(scale(2.0), scale_by_learning_rate(0.5))
+    >>> tx.update({"w": torch.ones(2)}, tx.init({"w": torch.ones(2)}))
+    ({'w': tensor([-1., -1.])}, ((), ()))
+    """
+    bad = [f"{i} is {tx!r}" for i, tx in enumerate(transformations) if not isinstance(tx, GradientTransformation)]
+    if bad:
+        raise FunctitanError(
+            report("chain", bad, "give gradient transformations: chain(clip_by_global_norm(1.0), ...)")
+        )
+
+    def init(params: tree.Tree) -> State:
+        return tuple(tx.init(params) for tx in transformations)
+
+    def update(updates, state, params=None, patterns=None, donate=False):
+        if not isinstance(state, tuple) or len(state) != len(transformations):
+            problem = f"the state is a {type(state).__name__}, not a tuple of {len(transformations)}"
+            raise FunctitanError(report("chain", [problem], "give the state that tx.init(params) or tx.update made"))
+        states = []
+        for tx, its in zip(transformations, state, strict=True):
+            updates, its = tx.update(updates, its, params, patterns=patterns, donate=donate)
+            states.append(its)
+        return updates, tuple(states)
+
+    return GradientTransformation(init, update)
+
+
+def apply_updates(params: tree.Tree, updates: tree.Tree, donate: bool = False) -> tree.Tree:
+    """`params + updates`, in the dtypes of `params`; `donate=True` adds into their own memory.
+
+    >>> import torch
+    >>> apply_updates({"w": torch.ones(2)}, {"w": torch.tensor([1.0, 2.0])})
+    {'w': tensor([2., 3.])}
+    """
+    changes, values = aligned("apply_updates", updates, params=params)
+    values = owned(values, donate)
+    add_(values, changes)
+    return tree.unflatten(tree.flatten(params)[1], values)
+
+
+def scale(factor: float) -> GradientTransformation:
+    """Multiplies updates by a number."""
+
+    def update(updates, state, params=None, patterns=None, donate=False):
+        return _scaled(updates, factor, donate), state
+
+    return GradientTransformation(lambda params: (), update)
+
+
+def scale_by_learning_rate(learning_rate: float | Schedule) -> GradientTransformation:
+    """Multiplies updates by minus the learning rate: a number, or a schedule of the number of steps taken before."""
+    if not callable(learning_rate):
+        return scale(-learning_rate)
+
+    def init(params: tree.Tree) -> ScheduleState:
+        return ScheduleState(scalar_beside(params, torch.int64))
+
+    def update(updates, state, params=None, patterns=None, donate=False):
+        return _scaled(updates, -learning_rate(state.count), donate), ScheduleState(state.count + 1)
+
+    return GradientTransformation(init, update)
+
+
+def add_decayed_weights(weight_decay: float, mask: Mask | None = None) -> GradientTransformation:
+    """Adds `weight_decay * params` to updates; before `scale_by_learning_rate` this is AdamW's decoupled decay.
+
+    `mask` chooses leaves: a tree, or a prefix, of bools, or a function of a leaf's path and its pattern (the parameter
+    itself where no patterns are given), such as `decay_matrices`. Loshchilov and Hutter, arXiv:1711.05101.
+
+    >>> import torch
+    >>> tx = add_decayed_weights(0.1, mask=decay_matrices)
+    >>> params = {"scale": torch.ones(1), "w": torch.ones(1, 1)}
+    >>> tx.update({"scale": torch.zeros(1), "w": torch.zeros(1, 1)}, (), params)[0]
+    {'scale': tensor([0.]), 'w': tensor([[0.1000]])}
+    """
+
+    def update(updates, state, params=None, patterns=None, donate=False):
+        if params is None:
+            raise FunctitanError(report("add_decayed_weights", ["params is None"], "tx.update(updates, state, params)"))
+        changes, weights = aligned("add_decayed_weights", updates, params=params)
+        chosen = [i for i, decays in enumerate(_chosen(mask, params, patterns)) if decays]
+        mine = owned([changes[i] for i in chosen], donate)
+        add_(mine, [weights[i] for i in chosen], alpha=weight_decay)
+        decayed = dict(zip(chosen, mine, strict=True))
+        return tree.unflatten(tree.flatten(updates)[1], [decayed.get(i, x) for i, x in enumerate(changes)]), state
+
+    return GradientTransformation(lambda params: (), update)
+
+
+def decay_matrices(path: str, leaf: str | Param | Tensor) -> bool:
+    """A mask for `add_decayed_weights`: leaves of two or more axes, so neither biases nor scales of norms.
+
+    >>> decay_matrices("mlp.up", "embed mlp"), decay_matrices("norm.scale", "embed")
+    (True, False)
+    """
+    return len(parse_axes(leaf) if isinstance(leaf, str) else leaf.shape) >= 2
+
+
+def _scaled(updates: tree.Tree, factor: float | Tensor, donate: bool) -> tree.Tree:
+    leaves, structure = tree.flatten(updates)
+    leaves = owned(leaves, donate)
+    scale_(leaves, factor)
+    return tree.unflatten(structure, leaves)
+
+
+def _chosen(mask: Mask | None, params: tree.Tree, patterns: tree.Tree | None) -> list[bool]:
+    leaves = tree.leaves(params)
+    if mask is None:
+        return [True] * len(leaves)
+    if callable(mask):
+        known = leaves if patterns is None else tree.broadcast_prefix(patterns, params, "patterns")
+        about = [x if pattern is None else pattern for x, pattern in zip(leaves, known, strict=True)]
+        return [bool(mask(path, leaf)) for path, leaf in zip(tree.paths(params), about, strict=True)]
+    chosen = tree.broadcast_prefix(mask, params, "mask")
+    bad = [f"{path}: {x!r}" for path, x in zip(tree.paths(params), chosen, strict=True) if not isinstance(x, bool)]
+    if bad:
+        raise FunctitanError(report("mask", bad, "a mask is a tree of bools, or a function (path, pattern) -> bool"))
+    return chosen

@@ -1,0 +1,1 @@
+"""Helpers for tests of programs written with functitan: asserts, laws, hypothesis strategies."""

@@ -1,0 +1,162 @@
+"""The train step: a pure function from (state, batch) to (state, metrics).
+
+Invariant: the loss function gives (sum, count) over the whole batch, and the step divides once, so masks, meshes and
+accumulation do not change the loss. Patterns are static data of the state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from functitan import random, tree
+from functitan.errors import FunctitanError, report
+from functitan.optim import GradientTransformation, apply_updates
+from functitan.param import Param
+from functitan.sharding.context import as_mesh, current, spmd, using
+from functitan.sharding.init import init
+from functitan.sharding.mesh import Mesh
+from functitan.sharding.rules import AxisRules
+from functitan.transforms.donate import check_donated, mark_donated
+from functitan.transforms.grad import value_and_grad
+
+@dataclass(frozen=True)
+class TrainState:
+    """Parameters, optimizer state, step and key: one tree of this rank's shards. Static: declarations, mesh and rules.
+
+    >>> from functitan import optim
+    >>> state = TrainState.create({"w": Param("embed mlp", (2, 3))}, optim.sgd(0.1), random.key(0))
+    >>> state.params["w"].shape, int(state.step)
+    (torch.Size([2, 3]), 0)
+    """
+
+    params: tree.Tree
+    opt_state: tree.Tree
+    step: Any  # int64, 0-d
+    key: Any  # int64 [2]
+    declarations: tree.Tree
+    mesh: Mesh | None = None
+    rules: AxisRules | None = None
+
+    @staticmethod
+    def create(
+        declarations: tree.Tree,
+        tx: GradientTransformation,
+        key: Tensor,
+        *,
+        mesh: Mesh | DeviceMesh | None = None,
+        rules: AxisRules | None = None,
+    ) -> TrainState:
+        """Initial parameters and optimizer state on this rank; the step folds its number into `key` for randomness."""
+        known = as_mesh(mesh)
+        of_params, of_steps = random.split(key)
+        params = init(declarations, of_params, mesh=known, rules=rules)
+        step = torch.zeros((), dtype=torch.int64, device=key.device)
+        return TrainState(params, tx.init(params), step, of_steps, declarations, known, rules)
+
+    @staticmethod
+    def declare(declarations: tree.Tree, tx: GradientTransformation, key: Tensor) -> TrainState:
+        """The state as declarations: every leaf of params and optimizer state a `Param`. What `ft.explain` takes."""
+        return TrainState(declarations, tx.init(declarations), torch.zeros((), dtype=torch.int64), key, declarations)
+
+
+def train_step(
+    loss_fn: Callable[..., Any], tx: GradientTransformation, donate: bool = True
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]:
+    """`step(state, batch) -> (state, metrics)` of `loss_fn(params, batch, key) -> (sum, count)` or `((sum, count), aux)`.
+
+    Gradients are those of sum / count. `batch` holds this rank's shards (`ft.shard`). Metrics are tensors, equal on every
+    rank: "loss", "count", and "aux" where there is one. With `donate` the state's buffers are updated in place, and the
+    old state raises `DonatedError` if it is used again. Runs on the state's mesh unless called inside `ft.spmd`.
+
+    >>> import functitan as ft
+    >>> def loss(params, batch, key):
+    ...     y = ft.einsum("batch embed, embed mlp -> batch mlp", batch, params["w"])
+    ...     return ft.reduce("batch mlp ->", y * y), y.numel()
+    >>> tx = ft.optim.sgd(0.1)
+    >>> state = ft.TrainState.create({"w": ft.Param("embed mlp", (2, 3))}, tx, ft.random.key(0))
+    >>> state, metrics = ft.train_step(loss, tx)(state, torch.ones(4, 2))
+    >>> sorted(metrics), int(state.step)
+    (['count', 'loss'], 1)
+    """
+
+    def mean_loss(params: tree.Tree, batch: Any, key: Tensor) -> tuple[Tensor, Any]:
+        (total, count), aux = _split_loss(loss_fn(params, batch, key))
+        counted = torch.as_tensor(count, dtype=total.dtype, device=total.device).detach().clamp(min=1)
+        return total / counted, (counted, aux)
+
+    def run(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        key = random.fold_in(state.key, state.step)
+        (loss, (count, aux)), grads = value_and_grad(mean_loss, has_aux=True)(state.params, batch, key)
+        patterns = tree.map(lambda param: param.pattern, state.declarations)
+        with using(current()._replace(phase="update")), torch.no_grad():
+            updates, opt_state = tx.update(grads, state.opt_state, state.params, patterns=patterns, donate=donate)
+            params = apply_updates(state.params, updates, donate=donate)
+        metrics = {"loss": loss, "count": count, **({} if aux is None else {"aux": aux})}
+        if donate:
+            params, opt_state = _renewed((state.params, state.opt_state), (params, opt_state), state.step)
+        return replace(state, params=params, opt_state=opt_state, step=state.step + 1), metrics
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        _check_state(state)
+        check_donated((state.params, state.opt_state), "ft.train_step: the state")
+        inner = run if current().mesh is not None else spmd(run, mesh=state.mesh, rules=state.rules)
+        new, metrics = inner(state, batch)
+        return new, metrics
+
+    return step
+
+
+def _split_loss(out: Any) -> tuple[tuple[Tensor, Any], Any]:
+    """((sum, count), aux) of what a loss function gave."""
+    if isinstance(out, tuple) and len(out) == 2:
+        pair, aux = (out, None) if isinstance(out[0], Tensor) else out
+        if isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], Tensor) and pair[0].dim() == 0:
+            return (pair[0], pair[1]), aux
+    fix = "return (sum, count), both scalars over the whole batch: (ft.reduce('batch seq ->', loss), tokens), or ((sum, count), aux)"
+    raise FunctitanError(report("ft.train_step: the loss function", [f"it returned {_describe(out)}"], fix))
+
+
+def _describe(out: Any) -> str:
+    if isinstance(out, Tensor):
+        return f"a tensor of shape {tuple(out.shape)}"
+    return f"({', '.join(map(_describe, out))})" if isinstance(out, tuple) else f"a {type(out).__name__}"
+
+
+def _check_state(state: Any) -> None:
+    if not isinstance(state, TrainState):
+        raise FunctitanError(report("ft.train_step", [f"state is a {type(state).__name__}"], "make one by ft.TrainState.create"))
+
+
+def _renewed(old: tree.Tree, new: tree.Tree, step: Any) -> tree.Tree:
+    """The new values as tensor objects of their own, when the old objects over the same buffers have been marked."""
+    fresh = tree.map(lambda x: x.detach() if isinstance(x, Tensor) else x, new)
+    mark_donated(old, f"step {_number(step)} of ft.train_step")
+    return fresh
+
+
+def _number(step: Any) -> str:
+    return str(int(step)) if type(step) is Tensor else "?"
+
+
+@dataclass(frozen=True)
+class _Static:
+    """Declarations as static data, which a structure compares."""
+
+    tree: tree.Tree
+
+
+tree.register(
+    TrainState,
+    lambda state: (
+        (state.params, state.opt_state, state.step, state.key),
+        (_Static(state.declarations), state.mesh, state.rules),
+        ("params", "opt_state", "step", "key"),
+    ),
+    lambda static, children: TrainState(*children, static[0].tree, *static[1:]),
+)

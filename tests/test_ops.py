@@ -1,0 +1,306 @@
+"""One law of every named op: on any mesh, under any rules, it is the function that plain torch has without a mesh.
+
+So are its derivatives and its vmaps. The oracles are torch.einsum, torch.logsumexp, F.cross_entropy and the like.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import Arg, Case, batched, check, hvp_of, jvp_of, vjp_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+import functitan as ft
+from functitan.axes import write_axes, write_signature
+from functitan.sharding.plan import terms_of
+from functitan.testing.strategies import AXES, axis_sizes, meshes, rules_tables, signatures
+
+HIDDEN = ("example", "copy")  # axes that batched cases add: one that the mesh may shard, one that it never does
+
+
+@st.composite
+def surroundings(draw, axes: tuple[str, ...]) -> tuple[dict, ft.AxisRules, dict]:
+    """(mesh, rules, sizes) for axes and those that vmaps will hide."""
+    mesh = draw(meshes())
+    rules = draw(rules_tables((*axes, *HIDDEN))).replace(copy=None)
+    return mesh, rules, draw(axis_sizes(rules, mesh))
+
+
+def torch_einsum(operands, result, *xs):
+    letter = {axis: chr(97 + i) for i, axis in enumerate(dict.fromkeys(a for axes in (*operands, result) for a in axes))}
+    sides = [",".join("".join(letter[a] for a in axes) for axes in side) for side in (operands, [result])]
+    return torch.einsum("->".join(sides), *xs)
+
+
+@st.composite
+def einsum(draw) -> Case:
+    signature = draw(signatures())
+    mesh, rules, sizes = draw(surroundings(AXES))
+    pattern = write_signature(signature)
+    terms = terms_of(len(signature.operands), len(signature.results))
+
+    def fn(*xs):
+        out = ft.einsum(pattern, *xs)
+        return out if isinstance(out, tuple) else (out,)
+
+    def oracle(*xs):
+        return [
+            torch_einsum([signature.operands[i] for i in term.operands], result, *(xs[i] for i in term.operands))
+            for term, result in zip(terms, signature.results, strict=True)
+        ]
+
+    args = tuple(Arg(write_axes(axes)) for axes in signature.operands)
+    return Case(fn, oracle, args, tuple(map(write_axes, signature.results)), sizes, mesh, rules)
+
+
+@st.composite
+def reduce(draw) -> Case:
+    axes = draw(st.permutations(AXES))[: draw(st.integers(1, 4))]
+    kept = draw(st.permutations(axes))[: draw(st.integers(0, len(axes)))]
+    op = draw(st.sampled_from(["sum", "mean", "max", "logsumexp"]))
+    mesh, rules, sizes = draw(surroundings(AXES))
+    plain = {"sum": torch.sum, "mean": torch.mean, "max": torch.amax, "logsumexp": torch.logsumexp}[op]
+    gone = [i for i, axis in enumerate(axes) if axis not in kept]
+
+    def oracle(x):
+        left = [axis for axis in axes if axis in kept]
+        return ((plain(x, gone) if gone else x).permute([left.index(axis) for axis in kept]),)
+
+    pattern = f"{write_axes(axes)} -> {write_axes(kept)}"
+    return Case(lambda x: (ft.reduce(pattern, x, op=op),), oracle, (Arg(write_axes(axes)),), (write_axes(kept),), sizes, mesh, rules)
+
+
+@st.composite
+def broadcast(draw) -> Case:
+    """A parameter that meets an activation elementwise, and the same with its sizes given."""
+    axes = draw(st.permutations(AXES))[: draw(st.integers(1, 4))]
+    own = draw(st.permutations(axes))[: draw(st.integers(0, len(axes)))]
+    mesh, rules, sizes = draw(surroundings(AXES))
+    new = {axis: sizes[axis] for axis in axes if axis not in own}
+    pattern = f"{write_axes(own)} -> {write_axes(axes)}"
+
+    def fn(x, y):
+        return ft.broadcast(pattern, x) * y, ft.broadcast(pattern, x, **new)
+
+    def oracle(x, y):
+        wide = torch_einsum([own, axes], axes, x, torch.ones_like(y))
+        return wide * y, wide
+
+    args = Arg(write_axes(own)), Arg(write_axes(axes))
+    return Case(fn, oracle, args, (args[1].pattern,) * 2, sizes, mesh, rules)
+
+
+@st.composite
+def take(draw) -> Case:
+    mesh, rules, sizes = draw(surroundings(AXES))
+    vocab, *axes = draw(st.permutations(AXES))
+    ids = tuple(axes[: draw(st.integers(0, 3))])
+    others = draw(st.lists(st.sampled_from(axes), unique=True, max_size=2))
+    table = tuple(draw(st.permutations([vocab, *others])))
+    result = tuple(draw(st.permutations(sorted({*ids, *others}))))
+    pattern = f"{write_axes(ids)}, {write_axes(table)} -> {write_axes(result)}"
+
+    def oracle(ids_, x):
+        rows = F.one_hot(ids_, sizes[vocab]).to(x.dtype)
+        return (torch_einsum([(*ids, vocab), table], result, rows, x),)
+
+    args = Arg(write_axes(ids), high=sizes[vocab]), Arg(write_axes(table))
+    return Case(lambda ids, x: (ft.take(pattern, ids, x),), oracle, args, (write_axes(result),), sizes, mesh, rules)
+
+
+@st.composite
+def select(draw) -> Case:
+    """One position for all."""
+    mesh, rules, sizes = draw(surroundings(AXES))
+    axes = draw(st.permutations(AXES))[: draw(st.integers(1, 4))]
+    gone = draw(st.sampled_from(axes))
+    result = tuple(draw(st.permutations([axis for axis in axes if axis != gone])))
+    index = draw(st.integers(-sizes[gone], sizes[gone] - 1))
+    pattern = f"{write_axes(axes)} -> {write_axes(result)}"
+
+    def oracle(x):
+        left = [axis for axis in axes if axis != gone]
+        return (x.select(axes.index(gone), index).permute([left.index(axis) for axis in result]),)
+
+    args = (Arg(write_axes(axes)),)
+    return Case(lambda x: (ft.select(pattern, x, index),), oracle, args, (write_axes(result),), sizes, mesh, rules)
+
+
+@st.composite
+def select_by_tensor(draw) -> Case:
+    """A position for each index, from the end where negative: an index tensor has some of the tensor's other axes."""
+    mesh, rules, sizes = draw(surroundings(AXES))
+    axes = draw(st.permutations(AXES))[: draw(st.integers(1, 4))]
+    gone, *left = draw(st.permutations(axes))
+    ids = tuple(left[: draw(st.integers(0, len(left)))])
+    pattern = f"{write_axes(axes)}, {write_axes(ids)} -> {write_axes(left)}"
+
+    def oracle(x, index):
+        rows = F.one_hot(index, sizes[gone]).to(x.dtype)
+        return (torch_einsum([tuple(axes), (*ids, gone)], left, x, rows),)
+
+    def fn(x, index):
+        return (ft.select(pattern, x, index - sizes[gone]),)
+
+    args = Arg(write_axes(axes)), Arg(write_axes(ids), high=sizes[gone])
+    return Case(fn, oracle, args, (write_axes(left),), sizes, mesh, rules)
+
+
+@st.composite
+def constrain(draw) -> Case:
+    """Renaming axes, one for one: to axes of another layout and back."""
+    axes = draw(st.permutations(AXES))[: draw(st.integers(0, 3))]
+    names = [draw(st.sampled_from([axis, f"new_{axis}"])) for axis in axes]
+    mesh, rules, sizes = draw(surroundings((*AXES, *(f"new_{axis}" for axis in AXES))))
+    common = {axis: math.lcm(sizes[axis], sizes[f"new_{axis}"]) for axis in AXES}
+    sizes = {**sizes, **common, **{f"new_{axis}": size for axis, size in common.items()}}
+    there = f"{write_axes(axes)} -> {write_axes(names)}"
+    back = f"{write_axes(names)} -> {write_axes(axes)}"
+
+    def fn(x):
+        moved = ft.constrain(there, x)
+        return moved, ft.constrain(back, moved * 2)
+
+    args = (Arg(write_axes(axes)),)
+    return Case(fn, lambda x: (x, x * 2), args, (write_axes(names), write_axes(axes)), sizes, mesh, rules)
+
+
+@st.composite
+def cross_entropy(draw) -> Case:
+    mesh, rules, sizes = draw(surroundings(AXES))
+    vocab, *axes = draw(st.permutations(AXES))
+    rows = tuple(axes[: draw(st.integers(0, 3))])
+    logits = tuple(draw(st.permutations([vocab, *rows])))
+    result = rows if draw(st.booleans()) else tuple(draw(st.permutations(rows)))[: draw(st.integers(0, len(rows)))]
+    pattern = f"{write_axes(logits)}, {write_axes(rows)} -> {write_axes(result)}"
+
+    def oracle(x, labels):
+        flat = x.permute([logits.index(axis) for axis in (*rows, vocab)]).reshape(-1, sizes[vocab])
+        loss = F.cross_entropy(flat, labels.flatten(), reduction="none", ignore_index=0).view(labels.shape)
+        return (torch_einsum([rows], result, loss),)
+
+    def fn(x, labels):
+        return (ft.cross_entropy(pattern, x, labels, ignore_index=0),)
+
+    args = Arg(write_axes(logits)), Arg(write_axes(rows), high=sizes[vocab])
+    return Case(fn, oracle, args, (write_axes(result),), sizes, mesh, rules)
+
+
+@st.composite
+def attention(draw) -> Case:
+    mesh, rules, sizes = draw(surroundings((*AXES, "kv_heads", "head_dim")))
+    group = draw(st.sampled_from([1, 2, 3]))
+    sizes["heads"] = math.lcm(sizes["heads"], sizes["kv_heads"] * group)
+    sizes["seq"] = min(sizes["seq"], 16) if sizes["seq"] % 16 == 0 else sizes["seq"]
+    batch = draw(st.sampled_from([(), ("batch",), ("batch", "mlp")]))
+    q, kv = (write_axes((*batch, "seq", heads, "head_dim")) for heads in ("heads", "kv_heads"))
+    marks = Arg(write_axes((*batch, "seq")), high=draw(st.integers(1, 4)))
+    causal, moved, packed = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
+
+    def fn(q_, k, v, positions, segments):
+        given = {"positions": positions if moved else None, "segments": segments if packed else None}
+        return (ft.attention(f"{q}, {kv}", q_, k, v, causal=causal, **given),)
+
+    def oracle(q_, k, v, positions, segments):
+        n, shared = q_.shape[-3], q_.shape[-2] // k.shape[-2]
+        k, v = k.repeat_interleave(shared, -2), v.repeat_interleave(shared, -2)
+        scores = torch.einsum("...qhd, ...khd -> ...hqk", q_, k) * q_.shape[-1] ** -0.5
+        places = positions if moved else torch.arange(n).expand(positions.shape)
+        seen = torch.ones(n, n, dtype=torch.bool)
+        seen = seen & (places[..., :, None] >= places[..., None, :]) if causal else seen
+        seen = seen & (segments[..., :, None] == segments[..., None, :]) if packed else seen
+        seen = seen.unsqueeze(-3) if seen.dim() > 2 else seen
+        weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
+        return (torch.einsum("...hqk, ...khd -> ...qhd", weights, v),)
+
+    return Case(fn, oracle, (Arg(q), Arg(kv), Arg(kv), marks, marks), (q,), sizes, mesh, rules)
+
+
+# --- the laws -------------------------------------------------------------------------------------------------------
+
+OPS = [einsum, reduce, broadcast, take, select, select_by_tensor, constrain, cross_entropy, attention]
+of_every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
+EXAMPLES = settings(max_examples=int(__import__("os").environ.get("N", 15)))
+SEEDS = st.integers(0, 2**32)
+
+
+@st.composite
+def hidden(draw, case: Case, axis: str, vmap) -> Case:
+    """The case for each position of an axis, which at least one operand of each result has."""
+    places = [draw(st.none() | st.integers(0, len(arg.pattern.split()))) for arg in case.args]
+    if any(place is None for place in places) and (len(case.results) > 1 or not any(p is not None for p in places)):
+        places = [0] * len(places)
+    return batched(case, axis, places, vmap)
+
+
+def named_vmap(fn, in_dims):
+    return ft.vmap(fn, in_dims, axis="example")
+
+
+def with_free_examples(case: Case) -> Case:
+    """Rules under which no axis but the examples has the mesh dims of the examples, as per-example gradients need."""
+    own = case.rules["example"]
+    return case._replace(rules=ft.AxisRules({
+        axis: dims if axis == "example" else tuple(d for d in dims if d not in own) for axis, dims in case.rules.items()
+    }))
+
+
+@of_every_op
+@EXAMPLES
+@given(data=st.data(), seed=SEEDS)
+def test_values_are_those_without_a_mesh(op, data, seed):
+    check(data.draw(op()), seed)
+
+
+@of_every_op
+@EXAMPLES
+@given(data=st.data(), seed=SEEDS)
+def test_cotangents_are_those_without_a_mesh(op, data, seed):
+    check(vjp_of(data.draw(op())), seed)
+
+
+@of_every_op
+@EXAMPLES
+@given(data=st.data(), seed=SEEDS)
+def test_tangents_are_those_without_a_mesh(op, data, seed):
+    check(jvp_of(data.draw(op())), seed)
+
+
+@of_every_op
+@EXAMPLES
+@given(data=st.data(), seed=SEEDS)
+def test_hessians_are_those_without_a_mesh(op, data, seed):
+    check(hvp_of(data.draw(op())), seed)
+
+
+@of_every_op
+@EXAMPLES
+@given(data=st.data(), seed=SEEDS)
+def test_ft_vmap_hides_an_axis_that_the_mesh_may_shard(op, data, seed):
+    check(data.draw(hidden(data.draw(op()), "example", named_vmap)), seed)
+
+
+@of_every_op
+@EXAMPLES
+@given(data=st.data(), seed=SEEDS)
+def test_torch_vmap_hides_an_axis_that_nothing_shards(op, data, seed):
+    check(data.draw(hidden(data.draw(op()), "copy", torch.func.vmap)), seed)
+
+
+@of_every_op
+@EXAMPLES
+@given(data=st.data(), seed=SEEDS)
+def test_cotangents_pass_through_ft_vmap(op, data, seed):
+    check(vjp_of(data.draw(hidden(data.draw(op()), "example", named_vmap))), seed)
+
+
+@of_every_op
+@EXAMPLES
+@given(data=st.data(), seed=SEEDS)
+def test_ft_vmap_of_vjp_gives_per_example_gradients(op, data, seed):
+    case = vjp_of(with_free_examples(data.draw(op())))
+    check(data.draw(hidden(case, "example", named_vmap)), seed)
