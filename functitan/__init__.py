@@ -21,9 +21,10 @@ from functitan.ops.norm import rms_norm
 from functitan.ops.reduce import broadcast, reduce
 from functitan.param import Param
 from functitan.sharding.context import record, spmd
-from functitan.sharding.distributed import launch, make_mesh
+from functitan.sharding.distributed import make_mesh
 from functitan.sharding.explain import explain
 from functitan.sharding.init import init
+from functitan.sharding.launch import launch
 from functitan.sharding.rules import AxisRules
 from functitan.sharding.virtual import simulate
 from functitan.transforms.grad import grad, hvp, jvp, value_and_grad

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import functitan as ft
 from functitan.axes import write_axes, write_signature
-from functitan.sharding.plan import terms_of
+from functitan.sharding.contraction import terms_of
 from functitan.testing.strategies import AXES, axis_sizes, meshes, rules_tables, signatures
 
 HIDDEN = ("example", "copy")  # axes that batched cases add: one that the mesh may shard, one that it never does
@@ -24,9 +24,10 @@ HIDDEN = ("example", "copy")  # axes that batched cases add: one that the mesh m
 
 @st.composite
 def surroundings(draw, axes: tuple[str, ...]) -> tuple[dict, ft.AxisRules, dict]:
-    """(mesh, rules, sizes) for axes and those that vmaps will hide."""
+    """(mesh, rules, sizes) for axes and those that vmaps will hide, which come first: they lie alike in all tensors."""
     mesh = draw(meshes())
-    rules = draw(rules_tables((*axes, *HIDDEN))).replace(copy=None)
+    table = draw(rules_tables((*axes, "example")))
+    rules = ft.AxisRules({"example": table["example"], "copy": None, **dict(table.items())})
     return mesh, rules, draw(axis_sizes(rules, mesh))
 
 

@@ -1,7 +1,8 @@
 """Meshes over processes: torch's `DeviceMesh` and functional collectives. The only user of torch.distributed groups.
 
-Invariant: a group's ranks stand in the order of the mesh dims asked for, whatever their order in the mesh.
-Functional collectives (`torch.ops._c10d_functional`, tried on torch 2.11 and 2.13) are nodes that a captured graph shows.
+Invariant: a group's ranks stand in the order of the mesh dims asked for, whatever their order in the mesh, and its
+collectives end after the mesh's timeout. Functional collectives (`torch.ops._c10d_functional`, tried on torch 2.11 and
+2.13) are nodes that a captured graph shows.
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import Any
 
+import numpy
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout as set_pg_timeout  # private; tried on torch 2.13
 
-from functitan.errors import MeshError, report
+from functitan.errors import CollectiveError, MeshError, report
 from functitan.sharding.mesh import Mesh, MeshSizes, Transport, infer_sizes, mesh_sizes
 from functitan.sharding.rules import Dims
 
@@ -36,74 +40,114 @@ def make_mesh(
     >>> make_mesh(fsdp=1, tp=-1).mesh_dim_names
     ('fsdp', 'tp')
     """
-    running = dist.is_initialized()
-    world = dist.get_world_size() if running else int(os.environ.get("WORLD_SIZE", 1))
+    running, started = dist.is_initialized(), {"RANK", "WORLD_SIZE"} <= set(os.environ)
+    world = dist.get_world_size() if running else int(os.environ["WORLD_SIZE"]) if started else 1
     checked = infer_sizes(sizes or {"dp": -1}, world)
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     if not running:
         backend = backend or ("nccl" if device_type == "cuda" else "gloo")
-        if backend.lower() not in dist.Backend.backend_list:
-            problem = f"torch.distributed has no backend {backend!r}; it has {dist.Backend.backend_list}"
-            raise MeshError(report("ft.make_mesh", [problem], "choose one of them, or register it with torch first"))
+        _check_backend(backend)
         if device_type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        here: dict[str, Any] = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **here)
-    return init_device_mesh(device_type, checked.sizes, mesh_dim_names=checked.dims)
+        alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **({} if started else alone))
+    device_mesh = init_device_mesh(device_type, checked.sizes, mesh_dim_names=checked.dims)
+    for dim in checked.dims:  # a group made by DeviceMesh has its backend's timeout, half an hour
+        set_pg_timeout(timedelta(seconds=timeout), device_mesh.get_group(dim))
+    return device_mesh
 
 
-@lru_cache(maxsize=None)
 def mesh_of(device_mesh: DeviceMesh) -> Mesh:
     """This process's view of a `DeviceMesh`, with collectives over any of its dims in any order."""
+    return _mesh_of(device_mesh, dist.group.WORLD)
+
+
+@cache  # also by the world: a mesh made after torch.distributed's restart equals the one before
+def _mesh_of(device_mesh: DeviceMesh, _: Any) -> Mesh:
     names = device_mesh.mesh_dim_names
     if not names:
         raise MeshError(report("DeviceMesh", ["its dims have no names"], "give mesh_dim_names=, or use ft.make_mesh"))
     coordinate = device_mesh.get_coordinate()
     if coordinate is None:
-        raise MeshError(report("DeviceMesh", [f"process {dist.get_rank()} is not in it"], "call from its processes only"))
+        problem = f"process {dist.get_rank()} is not in it"
+        raise MeshError(report("DeviceMesh", [problem], "call from its processes only"))
     sizes = mesh_sizes(dict(zip(names, device_mesh.shape, strict=True)))
-    group = lru_cache(maxsize=None)(partial(_group, device_mesh, sizes, tuple(coordinate)))
+    # numpy, because the first collective of a group may come while fake tensors are traced
+    group = cache(partial(_group, device_mesh, device_mesh.mesh.numpy(), sizes, tuple(coordinate)))
     return Mesh(sizes, tuple(coordinate), _transport(group))
 
 
-def _group(device_mesh: DeviceMesh, sizes: MeshSizes, coordinate: tuple[int, ...], dims: Dims) -> tuple[str, int, int]:
+def _group(
+    device_mesh: DeviceMesh, processes: numpy.ndarray, sizes: MeshSizes, coordinate: tuple[int, ...], dims: Dims
+) -> tuple[str, int, int]:
     """(group name, number of ranks, this process's number in it) over `dims`, in their order."""
-    n = sizes.size(dims)
-    if len(dims) == 1:
-        group = device_mesh.get_group(dims[0])
-    else:
-        places = [sizes.dims.index(dim) for dim in dims]
-        rest = [place for place in range(len(sizes.dims)) if place not in places]
-        ranks = device_mesh.mesh.permute(*rest, *places)[tuple(coordinate[place] for place in rest)].flatten().tolist()
-        # c10d sorts the ranks of a group unless told that they must agree on their own order
-        group = dist.new_group(ranks, use_local_synchronization=True, sort_ranks=False)
-    return group.group_name, n, group.rank()
+    places = [sizes.dims.index(dim) for dim in dims]
+    rest = [place for place in range(len(sizes.dims)) if place not in places]
+    ranks = processes.transpose(*rest, *places)[tuple(coordinate[place] for place in rest)].ravel().tolist()
+    group = device_mesh.get_group(dims[0])
+    if dist.get_process_group_ranks(group) != ranks:  # several dims, or a DeviceMesh of descending ranks
+        # c10d sorts the ranks of a group unless told that they agree on their own order
+        group = dist.new_group(
+            ranks, _timeout(group, device_mesh.device_type), use_local_synchronization=True, sort_ranks=False
+        )
+    return group.group_name, len(ranks), group.rank()
+
+
+def _timeout(group: dist.ProcessGroup, device_type: str) -> timedelta | None:
+    """The timeout of a group, where its backend tells (`_timeout` in gloo and nccl, tried on torch 2.13)."""
+    options = getattr(group._get_backend(torch.device(device_type)), "options", None)
+    return getattr(options, "_timeout", None)
 
 
 def _transport(group: Callable[[Dims], tuple[str, int, int]]) -> Transport:
     ops, wait = torch.ops._c10d_functional, torch.ops._c10d_functional.wait_tensor
 
+    def run(kind: str, x: Tensor, dims: Dims, note: tuple, send: Callable[..., Tensor]) -> Tensor:
+        try:
+            return wait(send(x.contiguous(), *group(dims)))
+        except RuntimeError as error:
+            if type(error) is RuntimeError or isinstance(error, dist.DistError):  # not: out of memory, tracing
+                raise CollectiveError(_failed(kind, x, dims, note, error)) from error
+            raise
+
     def all_gather(x, dims, note):
-        name, n, _ = group(dims)
-        return wait(ops.all_gather_into_tensor(x.unsqueeze(0).contiguous(), n, name))
+        gather = lambda x, name, n, _: ops.all_gather_into_tensor(x, n, name)
+        return run("all_gather", x.unsqueeze(0), dims, note, gather)
 
     def reduce_scatter(x, dims, op, note):
-        name, n, _ = group(dims)
-        return wait(ops.reduce_scatter_tensor(x.contiguous(), op, n, name)).squeeze(0)
+        reduce = lambda x, name, n, _: ops.reduce_scatter_tensor(x, op, n, name)
+        return run("reduce_scatter", x, dims, note, reduce).squeeze(0)
 
     def all_reduce(x, dims, op, note):
-        name, _, _ = group(dims)
-        return wait(ops.all_reduce(x.contiguous(), op, name))
+        return run("all_reduce", x, dims, note, lambda x, name, n, _: ops.all_reduce(x, op, name))
 
     def all_to_all(x, dims, note):
-        name, n, _ = group(dims)
-        return wait(ops.all_to_all_single(x.contiguous(), [1] * n, [1] * n, name))
+        exchange = lambda x, name, n, _: ops.all_to_all_single(x, [1] * n, [1] * n, name)
+        return run("all_to_all", x, dims, note, exchange)
 
     def permute(x, dims, shift, note):
-        name, n, me = group(dims)
-        send, receive = [0] * n, [0] * n
-        send[(me + shift) % n] = receive[(me - shift) % n] = 1
-        return wait(ops.all_to_all_single(x.unsqueeze(0).contiguous(), receive, send, name)).squeeze(0)
+        def pass_on(x, name, n, me):
+            send, receive = [0] * n, [0] * n
+            send[(me + shift) % n] = receive[(me - shift) % n] = 1
+            return ops.all_to_all_single(x, receive, send, name)
+
+        return run("permute", x.unsqueeze(0), dims, note, pass_on).squeeze(0)
 
     return Transport("distributed", all_gather, reduce_scatter, all_reduce, all_to_all, permute)
 
+
+def _check_backend(backend: str) -> None:
+    names = [part.split(":")[-1].lower() for part in backend.split(",")]  # also "cpu:gloo,cuda:nccl"
+    if unknown := [name for name in names if name not in dist.Backend.backend_list]:
+        problem = f"torch.distributed has no backend {unknown[0]!r}; it has {dist.Backend.backend_list}"
+        raise MeshError(report("ft.make_mesh", [problem], "choose one of them, or register it with torch first"))
+
+
+def _failed(kind: str, x: Tensor, dims: Dims, note: tuple, error: RuntimeError) -> str:
+    what = f"{kind} over {'·'.join(dims)} of {str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
+    lines = str(error).splitlines() or [type(error).__name__]
+    return report(
+        f"process {dist.get_rank()} in {what} for {' '.join(map(repr, note))}",
+        [lines[0]],
+        "every process runs the same ops in the same order; look for one that failed, left, or waits elsewhere",
+    )

@@ -53,7 +53,8 @@ def launch(fn: Callable[..., Any], *args: Any, nprocs: int, timeout: float | Non
     try:
         for rank in range(nprocs):
             here, there = context.Pipe()
-            process = context.Process(target=_run, args=(there, _environ(rank, nprocs, store.port)), name=f"rank {rank}")
+            environ = _environ(rank, nprocs, store.port)
+            process = context.Process(target=_run, args=(there, environ), name=f"rank {rank}")
             process.start()
             workers.append(_Worker(process, here))
             there.close()  # so that its end is seen here
@@ -133,7 +134,7 @@ def _run(pipe: Connection, environ: dict[str, str]) -> None:
     os.environ.update(environ)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(environ["WORLD_SIZE"])))
     try:
-        fn, args = _unpacked(pipe.recv_bytes())
+        fn, args = map(_unpacked, pickle.loads(pipe.recv_bytes()))
         message = _packed((_known(fn)(*args), None, ""))
     except BaseException as error:
         message = _failed(error)
@@ -191,18 +192,17 @@ def _work(fn: Callable[..., Any], args: tuple[Any, ...], nprocs: int) -> bytes:
     file = getattr(sys.modules["__main__"], "__file__", None)
     if file is not None and not os.path.exists(file):
         problems.append(f"new processes cannot import the main program {file!r}, which is no file")
-    try:
-        pickle.dumps(fn)
-    except Exception as error:
-        problems.append(f"the function cannot be sent to a process: {error}")
-    try:
-        pickle.dumps(args)
-    except Exception as error:
-        problems.append(f"the arguments cannot be sent to a process: {error}")
+    parts = {"function": _whole(fn) if file is None else fn, "arguments": args}
+    packed = []
+    for what, part in parts.items():
+        try:
+            packed.append(_packed(part))
+        except Exception as error:
+            problems.append(f"the {what} cannot be sent to a process: {error}")
     if problems:
         fix = "define the function at the top level of a module, and pass it what it needs as arguments"
         raise FunctitanError(report(f"ft.launch of {fn!r}", problems, fix))
-    return _packed((_whole(fn) if file is None else fn, args))
+    return pickle.dumps(packed)
 
 
 def _whole(fn: Callable[..., Any]) -> Callable[..., Any] | bytes:

@@ -36,6 +36,10 @@ def vmap(fn: Callable[..., Any], in_dims: Any = 0, *, axis: str, out_dims: int =
         leaves, structure = tree.flatten(tuple(args))
         if all(place is None for place in places):
             raise FunctitanError(report("ft.vmap", ["every in_dims is None"], "at least one argument has the axis"))
+        sizes = {path: x.shape[place] for path, x, place in zip(tree.paths(tuple(args)), leaves, places, strict=True) if place is not None}
+        if len(set(sizes.values())) > 1:
+            problems = [f"argument {path}: {size} on this rank" for path, size in sizes.items()]
+            raise FunctitanError(report(f"ft.vmap over {axis!r}: its local size differs", problems, _FIX_SIZES))
         out_structure: list[Any] = []
 
         def flat(*values: Any) -> tuple[Any, ...]:
@@ -49,3 +53,6 @@ def vmap(fn: Callable[..., Any], in_dims: Any = 0, *, axis: str, out_dims: int =
         return tree.unflatten(out_structure[0], outs)
 
     return batched
+
+
+_FIX_SIZES = "give the axis one global size, and the first rule of the table, so that it lies alike in every argument"
