@@ -20,7 +20,7 @@ from functitan.ops.move import constrain, reshard, shard, unshard
 from functitan.ops.norm import rms_norm
 from functitan.ops.reduce import broadcast, reduce
 from functitan.param import Param
-from functitan.sharding.context import record, spmd
+from functitan.sharding.context import as_mesh, record, spmd
 from functitan.sharding.distributed import make_mesh
 from functitan.sharding.explain import explain
 from functitan.sharding.init import init

@@ -170,10 +170,8 @@ def forward_modes(mesh: DeviceMesh, *given: Any) -> list[tuple[Tensor, Tensor]]:
     """(value, derivative along the direction) by ft.jvp and by torch.func.jvp."""
     params, direction, x, labels = given
     of_params = lambda params: loss(params, x, labels)
-    return [
-        ft.spmd(lambda: jvp(of_params, (params,), (direction,)), mesh=mesh, rules=MODEL_RULES)()
-        for jvp in (ft.jvp, torch.func.jvp)
-    ]
+    both = lambda: [jvp(of_params, (params,), (direction,)) for jvp in (ft.jvp, torch.func.jvp)]
+    return ft.spmd(both, mesh=mesh, rules=MODEL_RULES)()
 
 
 def without_torchrun() -> list[float]:
@@ -199,8 +197,9 @@ def missing_rank() -> tuple[str, float] | None:
     return str(error.value), time.monotonic() - start
 
 
-def pair() -> dict[str, Any]:
-    result: dict[str, Any] = {"alone": without_torchrun()}
+def pair(x: Tensor, factor: float) -> dict[str, Any]:
+    result: dict[str, Any] = {"scaled": x * factor * (1 + int(os.environ["LOCAL_RANK"]))}
+    result |= {"threads": torch.get_num_threads(), "alone": without_torchrun()}
     for sizes in MESHES:
         mesh = ft.make_mesh(**sizes)
         given = shards(mesh)
@@ -211,7 +210,7 @@ def pair() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def of_pair() -> list[dict[str, Any]]:
-    return ft.launch(pair, nprocs=2, timeout=120)
+    return ft.launch(pair, torch.ones(2, requires_grad=True), 3.0, nprocs=2, timeout=120)
 
 
 def assert_close(actual: Any, wanted: Any) -> None:
@@ -275,14 +274,10 @@ def sleep(seconds: float) -> None:
     time.sleep(seconds)
 
 
-def scaled(x: Tensor, factor: float) -> tuple[Tensor, int]:
-    return x * factor * (1 + int(os.environ["LOCAL_RANK"])), torch.get_num_threads()
-
-
-def test_launch_gives_results_by_rank():
-    (first, threads), (second, _) = ft.launch(scaled, torch.ones(2, requires_grad=True), 3.0, nprocs=2)
-    assert_close([first.detach(), second.detach()], [torch.full((2,), 3.0), torch.full((2,), 6.0)])
-    assert threads == max(1, (os.cpu_count() or 1) // 2)
+def test_launch_gives_results_by_rank(of_pair):
+    first, second = (result["scaled"].detach() for result in of_pair)
+    assert_close([first, second], [torch.full((2,), 3.0), torch.full((2,), 6.0)])
+    assert of_pair[0]["threads"] == max(1, (os.cpu_count() or 1) // 2)
     assert not multiprocessing.active_children()
 
 

@@ -200,25 +200,24 @@ def attention(draw) -> Case:
     batch = draw(st.sampled_from([(), ("batch",), ("batch", "mlp")]))
     q, kv = (write_axes((*batch, "seq", heads, "head_dim")) for heads in ("heads", "kv_heads"))
     marks = Arg(write_axes((*batch, "seq")), high=draw(st.integers(1, 4)))
-    causal, moved, packed = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
+    causal, names = draw(st.booleans()), draw(st.sampled_from([(), ("positions",), ("segments",), ("positions", "segments")]))
 
-    def fn(q_, k, v, positions, segments):
-        given = {"positions": positions if moved else None, "segments": segments if packed else None}
-        return (ft.attention(f"{q}, {kv}", q_, k, v, causal=causal, **given),)
+    def fn(q_, k, v, *given):
+        return (ft.attention(f"{q}, {kv}", q_, k, v, causal=causal, **dict(zip(names, given, strict=True))),)
 
-    def oracle(q_, k, v, positions, segments):
+    def oracle(q_, k, v, *given):
         n, shared = q_.shape[-3], q_.shape[-2] // k.shape[-2]
         k, v = k.repeat_interleave(shared, -2), v.repeat_interleave(shared, -2)
         scores = torch.einsum("...qhd, ...khd -> ...hqk", q_, k) * q_.shape[-1] ** -0.5
-        places = positions if moved else torch.arange(n).expand(positions.shape)
-        seen = torch.ones(n, n, dtype=torch.bool)
-        seen = seen & (places[..., :, None] >= places[..., None, :]) if causal else seen
-        seen = seen & (segments[..., :, None] == segments[..., None, :]) if packed else seen
+        marks = dict(zip(names, given, strict=True))
+        at, segments = marks.get("positions", torch.arange(n)), marks.get("segments", torch.zeros(n))
+        seen = segments[..., :, None] == segments[..., None, :]
+        seen = seen & (at[..., :, None] >= at[..., None, :]) if causal else seen
         seen = seen.unsqueeze(-3) if seen.dim() > 2 else seen
         weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
         return (torch.einsum("...hqk, ...khd -> ...qhd", weights, v),)
 
-    return Case(fn, oracle, (Arg(q), Arg(kv), Arg(kv), marks, marks), (q,), sizes, mesh, rules)
+    return Case(fn, oracle, (Arg(q), Arg(kv), Arg(kv), *(marks for _ in names)), (q,), sizes, mesh, rules)
 
 
 # --- the laws -------------------------------------------------------------------------------------------------------

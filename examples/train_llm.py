@@ -1,0 +1,152 @@
+"""Train a small Llama on text: in one process, on a virtual mesh, or under torchrun, with the same losses.
+
+    python examples/train_llm.py                                              # one process
+    python examples/train_llm.py --mesh fsdp=2,tp=2 --simulate                # four ranks as threads of one process
+    torchrun --nproc-per-node=2 examples/train_llm.py --mesh fsdp=2           # two processes
+    python examples/train_llm.py --data allenai/c4:en --encoding gpt2         # any Hugging Face dataset, any encoding
+
+Writes metrics.jsonl and loss.png into --out, and prints a sample of what the model has learned to write.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import functitan as ft
+from functitan.models import llama
+
+
+def main() -> None:
+    args = parse()
+    sizes = dict((dim, int(n)) for dim, n in (part.split("=") for part in args.mesh.split(",") if part))
+    if args.simulate:
+        ft.simulate(**sizes)(train)(args)
+    else:
+        train(ft.make_mesh(**sizes) if sizes else None, args)
+
+
+def train(mesh, args) -> list[float]:
+    """The whole run on one rank; the loss of every step."""
+    stream = ft.data.token_stream(documents(args.data), ft.data.encoding(args.encoding), args.seq, args.batch)
+    config = llama.CONFIGS[args.config]._replace(vocab_size=stream.encoding.n_vocab)
+    declared, rules = llama.params(config), llama.RULES
+    optim = ft.optim
+    rate = optim.warmup_cosine(args.lr, args.steps // 10 + 1, args.steps, end=args.lr / 10)
+    tx = optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(rate, weight_decay=0.1, mask=optim.decay_matrices))
+    state = ft.TrainState.create(declared, tx, ft.random.key(args.seed), mesh=mesh, rules=rules)
+    step = ft.train_step(lambda params, batch, key: llama.loss(params, batch, config), tx)
+
+    report = reporter(args, config, declared, mesh)
+    losses, cursor = [], ft.data.Cursor()
+    for _ in range(args.steps):
+        batch, cursor = stream.next_batch(cursor)
+        state, metrics = step(state, ft.shard(batch, ft.data.BATCH, mesh=mesh, rules=rules))
+        losses.append(metrics["loss"].item())
+        report(losses, cursor)
+    report(losses, cursor, text=sample(state.params, config, stream.encoding, args, mesh))
+    return losses
+
+
+def sample(params, config, encoding, args, mesh) -> str:
+    """`args.sample` tokens that follow a prompt. One example need not be divisible: the rules keep batch and seq whole."""
+    rules = llama.RULES.replace(batch=None, seq=None)
+    forward = ft.spmd(partial(llama.apply, config=config), mesh=mesh, rules=rules)
+    tokens = encoding.encode("def ")
+    for i in range(args.sample):
+        logits = forward(params, torch.tensor([tokens[-args.seq :]]))[:, -1]
+        whole = ft.unshard(logits, "batch vocab", mesh=mesh, rules=rules)[0] / 0.8
+        noise = ft.random.uniform(ft.random.fold_in(ft.random.key(args.seed), i), (len(whole),))
+        tokens.append(int((whole - (-noise.clamp(min=1e-20).log()).log()).argmax()))  # Gumbel's way to sample
+    return encoding.decode(tokens)
+
+
+def reporter(args, config, declared, mesh):
+    """A function that shows and stores the progress: on the first rank only."""
+    first = mesh is None or ft.as_mesh(mesh).rank == 0
+    if not first:
+        return lambda losses, cursor, text=None: None
+    ranks = 1 if mesh is None or args.simulate else mesh.size()
+    flops = ft.metrics.flops_per_token(declared, config.num_layers, config.num_heads, config.head_dim, args.seq)
+    peak = ft.metrics.measure_peak_flops() * ranks
+    out, console, started = Path(args.out), Console(), [time.perf_counter()]
+    out.mkdir(parents=True, exist_ok=True)
+    log = (out / "metrics.jsonl").open("w")
+    console.print(f"Llama {args.config}: {ft.metrics.num_params(declared) / 1e6:.1f} M parameters, mesh {args.mesh or 'none'}"
+                  f"{' (virtual)' if args.simulate else ''}, {args.batch} x {args.seq} tokens a step; writing to {out}/")  # fmt: skip
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    bar = Progress(*columns, console=console, disable=not console.is_terminal)
+    task = bar.add_task("loss", total=args.steps)
+    bar.start()
+
+    def report(losses, cursor, text=None) -> None:
+        if text is not None:
+            bar.stop()
+            log.close()
+            plot(losses, out / "loss.png")
+            console.print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; curve in {out}/loss.png. A sample:")
+            console.print(text, markup=False, highlight=False)
+            return
+        now = time.perf_counter()
+        speed = args.batch * args.seq / (now - started[0])
+        row = dict(step=len(losses), loss=losses[-1], tokens_per_second=round(speed), mfu=round(speed * flops / peak, 4),
+                   memory_mib=ft.metrics.memory_bytes() >> 20, cursor=tuple(cursor))  # fmt: skip
+        started[0] = now
+        log.write(json.dumps(row) + "\n")
+        log.flush()
+        line = f"loss {row['loss']:.3f}  {row['tokens_per_second']} tokens/s  MFU {row['mfu']:.0%}  {row['memory_mib']} MiB"
+        bar.update(task, advance=1, description=line)
+        if not console.is_terminal and (len(losses) == 1 or len(losses) % 10 == 0):
+            print(f"step {len(losses)}/{args.steps}  {line}", flush=True)
+
+    return report
+
+
+def plot(losses: list[float], path: Path) -> None:
+    """The loss of every step, and its running mean."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    smooth = [sum(losses[max(0, i - 9) : i + 1]) / len(losses[max(0, i - 9) : i + 1]) for i in range(len(losses))]
+    axes.plot(range(1, len(losses) + 1), losses, color="tab:blue", alpha=0.3, label="loss of each step")
+    axes.plot(range(1, len(losses) + 1), smooth, color="tab:blue", label="mean of the last 10")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title="Training loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def documents(name: str):
+    """Python's standard library, or a Hugging Face dataset as path or path:name."""
+    if name == "stdlib":
+        return ft.data.stdlib_documents()
+    path, _, part = name.partition(":")
+    return ft.data.huggingface_documents(path, part or None)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="debug", choices=llama.CONFIGS, help="size of the Llama")
+    parser.add_argument("--mesh", default="", help="mesh dims and sizes, as in fsdp=2,tp=2")
+    parser.add_argument("--simulate", action="store_true", help="run the mesh as threads of this process")
+    parser.add_argument("--data", default="stdlib", help="stdlib, or a Hugging Face dataset as path or path:name")
+    parser.add_argument("--encoding", default="bytes", help="bytes, a tiktoken encoding, or a file of ranks")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=8, help="rows of one step, over all ranks")
+    parser.add_argument("--seq", type=int, default=256, help="tokens of one row")
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sample", type=int, default=200, help="tokens of the sample at the end")
+    parser.add_argument("--out", default="runs/llama", help="folder for metrics.jsonl and loss.png")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
