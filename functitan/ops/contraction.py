@@ -35,15 +35,22 @@ class Type(NamedTuple):
     rules: AxisRules | None = None
     layout: Layout | None = None
 
-    def resolve(self, hidden: tuple[str, ...], env: Env) -> Layout:
-        """The full layout, hidden axes first."""
-        full = hidden + self.axes
+    def resolve(self, hidden: tuple[Hidden, ...], env: Env) -> Layout:
+        """The full layout, hidden axes first. Inside an `ft.vmap` over an axis, what a pattern shows of it is whole."""
+        full = tuple(h.axis for h in hidden) + self.axes
         if self.layout is not None:
             return Layout(full, tuple(self.layout.of(axis) for axis in full))
         assert env.mesh is not None
-        names = hidden + (self.axes if self.lookup is None else self.lookup)
+        taken = {name for _, name in env.vmap_axes}
+        names = tuple(f"_{name}" if name in taken else name for name in (self.axes if self.lookup is None else self.lookup))
+        names = tuple(h.axis if h.name is None else h.name for h in hidden) + names
         layout = env.layout(names) if self.rules is None else layout_of(names, self.rules, env.mesh.sizes)
         return Layout(full, layout.dims)
+
+
+def layout_here(axes: Axes, x: Tensor, env: Env) -> Layout:
+    """The full layout of a tensor with these visible axes."""
+    return Type(axes).resolve(hidden_axes(x, env), env)
 
 
 class Static(NamedTuple):
@@ -77,12 +84,12 @@ def resolve(typed: Contraction, tensors: tuple[Tensor, ...], env: Env, label: La
     """The contraction in full layouts with the global size of each axis, and the vmap levels of operands and results."""
     assert env.mesh is not None
     hidden = [hidden_axes(x, env) for x in tensors]
-    operands = tuple(t.resolve(tuple(h.axis for h in own), env) for t, own in zip(typed.operands, hidden, strict=True))
+    operands = tuple(t.resolve(own, env) for t, own in zip(typed.operands, hidden, strict=True))
     of_results: list[tuple[Hidden, ...]] = []
     for r in range(len(typed.results)):
         found = {h for term in typed.terms if term.result == r for i in term.operands for h in hidden[i]}
         of_results.append(tuple(sorted(found)))
-    results = tuple(t.resolve(tuple(h.axis for h in own), env) for t, own in zip(typed.results, of_results, strict=True))
+    results = tuple(t.resolve(own, env) for t, own in zip(typed.results, of_results, strict=True))
     shapes = [tuple(h.size for h in own) + tuple(x.shape) for x, own in zip(tensors, hidden, strict=True)]
     sizes = _global_sizes(operands, shapes, dict(typed.sizes), env, label)
     levels = [tuple(tuple(h.level for h in own) for own in each) for each in (hidden, of_results)]
@@ -132,6 +139,7 @@ def _vjp(call: Call, tensors: tuple[Tensor, ...], _: Any, grads: tuple[Tensor | 
     check_cotangents(
         [(static.typed.operands[i].axes, static.full.operands[i], layout) for i, layout in zip(places, full.results, strict=True)],
         static.label,
+        call.env,
     )
     outs = contract(typed, inputs, call.transposed(), static.label, static.fixed)
     found = dict(zip(results, outs, strict=True))
@@ -209,14 +217,32 @@ def _global_sizes(
     return {**known, **sizes}
 
 
-def check_cotangents(operands: list[tuple[Axes, Layout, Layout]], label: Label) -> None:
+def check_meets_batched(axes: Axes, layout: Layout, env: Env, label: Label) -> None:
+    """What is made to meet activations inside an `ft.vmap` must lie as they do: with the hidden axis, or as if it had it."""
+    assert env.mesh is not None
+    problems = []
+    for level, name in env.vmap_axes:
+        hidden = Hidden(level, 1, name)
+        with_it = Type(axes).resolve((hidden,), env)
+        if hidden.axis not in layout.axes:
+            problems += [
+                f"axis {axis!r} of {write_axes(axes)!r} lies over {layout.of(axis)}, but over {with_it.of(axis)} in tensors that have {name!r}"
+                for axis in axes
+                if layout.of(axis) != with_it.of(axis)
+            ]
+    if problems:
+        raise LayoutError(report(f"{label.op}({label.pattern!r}) inside ft.vmap", problems, _FIX_VMAP))
+
+
+def check_cotangents(operands: list[tuple[Axes, Layout, Layout]], label: Label, env: Env) -> None:
     """A cotangent must lie as its operand does; a hidden axis that takes the operand's mesh dim forbids it.
 
     `operands` gives the visible axes, the operand's layout, and that of its cotangent.
     """
+    each = " and ".join(repr(name) for _, name in env.vmap_axes)
     problems = [
-        f"operand {write_axes(axes)!r}: axis {axis!r} lies over {own.of(axis)}, but in its gradient for each "
-        f"{layout.axes[0]!r} over {layout.of(axis)}"
+        f"operand {write_axes(axes)!r}: axis {axis!r} lies over {own.of(axis)}, but in its gradient for each {each} "
+        f"over {layout.of(axis)}"
         for axes, own, layout in operands
         for axis in axes
         if own.of(axis) != layout.of(axis)

@@ -11,9 +11,9 @@ from torch import Tensor
 from functitan import random
 from functitan.axes import parse_axes
 from functitan.errors import FunctitanError, report
-from functitan.ops.function import hidden_axes
+from functitan.ops.contraction import layout_here
 from functitan.sharding.context import current
-from functitan.sharding.layout import block_of, check_rank, global_shape
+from functitan.sharding.layout import Layout, block_of, check_rank, global_shape
 
 
 def dropout(pattern: str, x: Tensor, key: Tensor, rate: float) -> Tensor:
@@ -33,9 +33,8 @@ def dropout(pattern: str, x: Tensor, key: Tensor, rate: float) -> Tensor:
         return x
     shape, block = tuple(x.shape), None
     if env.mesh is not None:
-        hidden = tuple(h.axis for h in hidden_axes(x, env))
-        full = env.layout(hidden + axes)
-        layout = full._replace(axes=axes, dims=full.dims[len(hidden) :])
+        full = layout_here(axes, x, env)
+        layout = Layout(axes, tuple(full.of(axis) for axis in axes))
         shape = global_shape(layout, shape, env.mesh.sizes)
         block = block_of(layout, shape, env.mesh)
     kept = random.bernoulli(key, 1 - rate, shape, block=block)

@@ -54,15 +54,20 @@ def apply(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 class Hidden(NamedTuple):
-    """One axis of a tensor that a vmap hides: its level, its name, and its local size."""
+    """One axis of a tensor that a vmap hides: its level, its local size, and its name if `ft.vmap` gave one."""
 
     level: int
-    axis: str
     size: int
+    name: str | None
+
+    @property
+    def axis(self) -> str:
+        """Its name inside an op: its own, since the caller may see the rest of the same axis (a batch of one)."""
+        return f"_vmap{self.level}"
 
 
 def hidden_axes(x: Tensor, env: Env) -> tuple[Hidden, ...]:
-    """The axes that vmaps hide in a tensor, outermost first; an axis of `torch.func.vmap` gets a name without a rule."""
+    """The axes that vmaps hide in a tensor, outermost first; an axis of `torch.func.vmap` has no name, and no rule."""
     if not transforms_active():
         return ()
     names, found = dict(env.vmap_axes), []
@@ -70,7 +75,7 @@ def hidden_axes(x: Tensor, env: Env) -> tuple[Hidden, ...]:
         if functorch.is_batchedtensor(x):
             level, place = functorch.maybe_get_level(x), functorch.maybe_get_bdim(x)
             x = functorch.get_unwrapped(x)
-            found.append(Hidden(level, names.get(level, f"_vmap{level}"), x.shape[place]))
+            found.append(Hidden(level, x.shape[place], names.get(level)))
         elif functorch.is_gradtrackingtensor(x):
             x = functorch.get_unwrapped(x)
         else:

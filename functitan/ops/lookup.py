@@ -16,11 +16,11 @@ from torch.nn.functional import embedding
 
 from functitan.axes import Axes, parse_axes, parse_signature, write_axes
 from functitan.errors import PatternError, report
-from functitan.ops.contraction import Type, check_cotangents, resolve
-from functitan.ops.function import Call, Op, apply, hidden_axes
+from functitan.ops.contraction import Type, check_cotangents, layout_here, resolve
+from functitan.ops.function import Call, Op, apply
 from functitan.sharding.collectives import Label, run_step
 from functitan.sharding.context import Env, current
-from functitan.sharding.layout import Layout, check_rank, layout_of
+from functitan.sharding.layout import Layout, check_rank, whole
 from functitan.sharding.choice import Fixed
 from functitan.sharding.contraction import Contraction, Term
 from functitan.sharding.plan import Plan, plan
@@ -93,8 +93,10 @@ def iota(pattern: str, axis: str, like: Tensor | None = None, **sizes: int) -> T
         raise PatternError(report(f"iota({pattern!r}, {axis!r})", problems, "give every size by name, or like="))
     if like is not None:
         check_rank(axes, tuple(like.shape), f"iota({pattern!r}, {axis!r})")
-    hidden = tuple(h.axis for h in hidden_axes(like, env)) if like is not None else ()
-    layout = env.layout(hidden + axes) if env.mesh is not None else Layout(axes, ((),) * len(axes))
+    if env.mesh is None:
+        layout = whole(axes)
+    else:
+        layout = Type(axes).resolve((), env) if like is None else layout_here(axes, like, env)
     split = {a: env.mesh.sizes.size(layout.of(a)) if env.mesh is not None else 1 for a in axes}
     shape = [like.shape[i] if like is not None else sizes[a] // split[a] for i, a in enumerate(axes)]
     place = axes.index(axis)
@@ -136,7 +138,7 @@ def _lookup(
     full, levels = resolve(typed, (indices, x), env, label)
     table = full.operands[1] if kind == "take" else full.results[0]
     if own is not None:
-        check_cotangents([(axes.table, own, table)], label)
+        check_cotangents([(axes.table, own, table)], label, env)
     fixed = Fixed(tuple((dim, axis) for axis, dims in zip(table.axes, table.dims, strict=True) for dim in dims), (axes.looked_up,))
     static = _Static(kind, axes, full, plan(full, env.mesh.sizes, fixed), label)
     return apply(Call(_LOOKUP, env, static, *levels), indices, x)[0]

@@ -16,8 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from functitan import tree
 from functitan.axes import Axes, parse_axes, parse_signature, write_axes
 from functitan.errors import LayoutError, MeshError, PatternError, report
-from functitan.ops.contraction import Type, contract
-from functitan.ops.function import hidden_axes
+from functitan.ops.contraction import Type, contract, layout_here
 from functitan.param import Param
 from functitan.sharding.collectives import Label
 from functitan.sharding.context import Env, as_mesh, current
@@ -59,8 +58,7 @@ def where_whole(pattern: str, axis: str, fn: Callable[[Tensor], Tensor], x: Tens
     if env.mesh is None:
         return fn(x)
     label, own = Label("where_whole", pattern), Type(axes)
-    hidden = tuple(h.axis for h in hidden_axes(x, env))
-    layout = own.resolve(hidden, env)
+    layout = layout_here(axes, x, env)
     if not layout.of(axis):
         return fn(x)
     goal = Type(axes, layout=Layout(layout.axes, tuple(() if a == axis else layout.of(a) for a in layout.axes)))
@@ -79,7 +77,7 @@ def constrain_like(pattern: str, x: Tensor, like_pattern: str, like: Tensor) -> 
     check_rank(others, tuple(like.shape), f"constrain_like({like_pattern!r})")
     if env.mesh is None:
         return x
-    layout = Type(others).resolve(tuple(h.axis for h in hidden_axes(like, env)), env)
+    layout = layout_here(others, like, env)
     return _move(Type(axes), Type(axes, layout=layout), x, env, Label("constrain_like", pattern))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from functitan.axes import Axes, parse_signature, write_axes
 from functitan.errors import PatternError, nearest, report
-from functitan.ops.contraction import Type, contract, resolve
+from functitan.ops.contraction import Type, check_meets_batched, contract, resolve
 from functitan.ops.function import Call, Op, apply
 from functitan.ops.local import product
 from functitan.sharding.collectives import Label
@@ -70,6 +70,7 @@ def broadcast(pattern: str, x: Tensor, **sizes: int) -> Tensor:
         return product((axes,), result, (x,), tuple((axis, sizes.get(axis, 1)) for axis in new))
     typed = _contraction(axes, result)
     (layout,) = resolve(typed._replace(sizes=tuple((axis, 0) for axis in new)), (x,), env, label)[0].results
+    check_meets_batched(result, layout, env, label)
     known = tuple((axis, sizes.get(axis, env.mesh.sizes.size(layout.of(axis)))) for axis in new)
     bad = [f"axis {axis!r} of size {size} is not divisible by {layout.of(axis)}" for axis, size in known
            if size % env.mesh.sizes.size(layout.of(axis))]

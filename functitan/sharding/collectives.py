@@ -79,7 +79,8 @@ def _own(sub: Tensor, step: Step, env: Env) -> Tensor:
 def _close(out: Tensor, step: Step, shape: list[int]) -> Tensor:
     """The inverse of `_open`: a leading axis of gathered sub-axes goes to their places, and sub-axes merge."""
     if step.source is not None:
-        places, lead = _places(step, step.source), len(step.dims)
+        places = _places(step, step.source)
+        lead = len(places)
         sizes = [step.source.sizes[p] for p in step.source.moved]
         order = [places.index(i) if i in places else lead + i for i in range(len(shape))]
         out = out.reshape(*sizes, *shape).permute(*order, *(lead + i for i in places))

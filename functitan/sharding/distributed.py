@@ -90,6 +90,7 @@ def _group(
         group = dist.new_group(
             ranks, _timeout(group, device_mesh.device_type), use_local_synchronization=True, sort_ranks=False
         )
+    assert isinstance(group, dist.ProcessGroup)
     return group.group_name, len(ranks), group.rank()
 
 

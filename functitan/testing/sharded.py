@@ -49,7 +49,7 @@ def sharded(
 
 
 def assert_close(actual: tree.Tree, expected: tree.Tree, tolerance: float = 1e-10) -> None:
-    """Assert equal structure, shapes and dtypes, and values within `tolerance` of the largest magnitude (at least 1)."""
+    """Assert equal structure, shapes, dtypes, and values within `tolerance` of the largest magnitude (at least 1)."""
     leaves, structure = tree.flatten(expected)
     assert tree.flatten(actual)[1] == structure, f"{tree.flatten(actual)[1]} is not {structure}"
     for path, x, y in zip(tree.paths(expected), tree.leaves(actual), leaves, strict=True):
