@@ -59,11 +59,13 @@ def map_with_path(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
 def broadcast_prefix(prefix: Tree, tree: Tree, what: str = "prefix") -> list[Any]:
     """The leaves of `prefix` once for each leaf of `tree` below them: `None` in a prefix is a leaf here.
 
-    >>> broadcast_prefix({"a": 1, "b": None}, {"a": [5, 6], "b": 7})
+    >>> broadcast_prefix({"a": 1, "b": None}, {"a": [5, None, 6], "b": 7})
     [1, 1, None]
     """
     try:
-        return optree.broadcast_prefix(prefix, tree, none_is_leaf=True, namespace=NAMESPACE)
+        spread = optree.broadcast_prefix(prefix, tree, none_is_leaf=True, namespace=NAMESPACE)
+        below = optree.tree_leaves(tree, none_is_leaf=True, namespace=NAMESPACE)
+        return [leaf for leaf, there in zip(spread, below, strict=True) if there is not None]
     except ValueError as error:
         raise FunctitanError(report(what, [str(error).splitlines()[0]], _FIX_PREFIX)) from None
 

@@ -167,7 +167,7 @@ def test_a_schedule_is_torchs_lr_lambda():
 
 @every_optimizer
 def test_the_traced_step_is_the_eager_step(tx):
-    """The graph is made on fake tensors, so nothing may depend on data; float64 rounding of another order of Adam's ops."""
+    """The graph is made on fake tensors, so nothing may depend on data; it does Adam's operations in another order."""
     params, grads = values(0), values(1)
     state = tx.update(values(2), tx.init(params), params)[1]
     leaves, structure = tree.flatten((grads, state, params))
@@ -192,9 +192,10 @@ def test_a_step_runs_on_fake_tensors(tx):
         assert all(x.fake_mode is mode for x in tree.leaves(updates))
 
 
-def test_a_step_has_a_derivative_and_a_batching_rule():
-    tx = optim.adamw(0.1)
-    params, grads = values(0), values(1)
+@pytest.mark.parametrize("name", ["adamw", "momentum", "nesterov", "clipped"])
+def test_a_step_has_a_derivative_and_a_batching_rule(name):
+    """The derivative as an optimizer that learns to optimize needs it; the batch as an ensemble of models does."""
+    tx, params, grads = OPTIMIZERS[name], values(0), values(1)
     state = tx.update(values(2), tx.init(params), params)[1]
 
     def moved(g):
@@ -202,7 +203,8 @@ def test_a_step_has_a_derivative_and_a_batching_rule():
 
     assert torch.autograd.gradcheck(moved, grads["out"].clone().requires_grad_())
     slope = torch.func.grad(moved)(grads["out"])
-    torch.testing.assert_close(torch.autograd.functional.jacobian(moved, grads["out"]), slope, rtol=0, atol=ROUNDING)
+    expected = torch.autograd.functional.jacobian(moved, grads["out"])
+    torch.testing.assert_close(slope, expected, rtol=0, atol=ROUNDING)
     ensemble = torch.stack([grads["out"], -grads["out"]])
     each = torch.func.vmap(lambda g: tx.update(g, tx.init(g), g)[0])(ensemble)
     for g, update in zip(ensemble, each, strict=True):
@@ -291,7 +293,7 @@ def test_clipping_on_a_mesh_is_clipping_without_one(sizes, max_norm):
         updates, its = step(mine, tx.init(mine))
         return ft.unshard(updates, PATTERNS, mesh=mesh, rules=RULES), its.norm
 
-    for whole, norm in ft.simulate(**sizes)(clipped):
+    for whole, norm in ft.simulate(**sizes)(clipped)():
         torch.testing.assert_close(norm, state.norm, rtol=ROUNDING, atol=0)
         for mine, x in zip(tree.leaves(whole), tree.leaves(expected), strict=True):
             torch.testing.assert_close(mine, x, rtol=0, atol=ROUNDING)
@@ -317,7 +319,7 @@ def test_the_norm_takes_one_all_reduce_for_each_set_of_mesh_dims(sizes, reduced)
         return ft.spmd(lambda g: tx.update(g, tx.init(g), patterns=DECLARED), mesh=mesh, rules=RULES)(mine)
 
     with ft.record() as ledger:
-        ft.simulate(**sizes)(norm)
+        ft.simulate(**sizes)(norm)()
     assert sorted(entry.mesh_dims for entry in ledger) == reduced
     assert {(entry.collective, entry.op, entry.phase) for entry in ledger} <= {("all_reduce", "global_norm", "update")}
 
@@ -327,8 +329,8 @@ def test_the_norm_on_a_mesh_needs_patterns():
         return ft.spmd(optim.global_norm, mesh=mesh, rules=RULES)(values(1))
 
     with pytest.raises(ft.PatternError, match=r"(?s)rule 'embed' shards over \('fsdp',\).*Fix: .*patterns=patterns"):
-        ft.simulate(fsdp=2)(norm)
-    assert len(ft.simulate(fsdp=1)(norm)) == 1  # nothing is sharded
+        ft.simulate(fsdp=2)(norm)()
+    assert len(ft.simulate(fsdp=1)(norm)()) == 1  # nothing is sharded
 
 
 # --- schedules ------------------------------------------------------------------------------------------------------

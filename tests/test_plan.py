@@ -103,8 +103,8 @@ def test_mlp_in_2d_has_the_union_of_fsdp_and_tp():
     forward, backward = recorded(mlp, *MLP, {"fsdp": 2, "tp": 2})
     weight, x = WEIGHT // 4, X // 4
     assert sorted(forward) == sorted([gather(FSDP, weight)] * 2 + [gather(TP, x), scatter(TP, x)])
-    of_weights, of_activations = [gather(FSDP, weight), scatter(FSDP, weight)] * 2, [gather(TP, x)] * 2 + [scatter(TP, x)]
-    assert sorted(backward) == sorted(of_weights + of_activations)
+    moves = [gather(FSDP, weight), scatter(FSDP, weight)] * 2 + [gather(TP, x)] * 2 + [scatter(TP, x)]
+    assert sorted(backward) == sorted(moves)
 
 
 def test_several_results_gather_what_they_share_once():

@@ -18,8 +18,8 @@ from functitan.ops.function import transforms_active
 def owned(leaves: list[Tensor], donate: bool) -> list[Tensor]:
     """Contiguous tensors that may be written: where donated the leaves themselves, else copies.
 
-    Autograd may give one tensor as the gradient of two leaves, or an expanded one: such leaves are copied even so.
-    Inside a torch.func transform all are.
+    Autograd may give one tensor as the gradient of two leaves, or an expanded one: such leaves are copied even so, and
+    so is what autograd tracks; inside a torch.func transform all are.
     """
     if not donate or transforms_active():
         return [x.clone(memory_format=torch.contiguous_format) for x in leaves]
@@ -27,7 +27,8 @@ def owned(leaves: list[Tensor], donate: bool) -> list[Tensor]:
     mine = []
     for x in leaves:
         place = (x.untyped_storage()._cdata, x.storage_offset())
-        mine.append(x.clone(memory_format=torch.contiguous_format) if place in seen else x.contiguous())
+        must_copy = place in seen or x.requires_grad
+        mine.append(x.clone(memory_format=torch.contiguous_format) if must_copy else x.contiguous())
         seen.add(place)
     return mine
 
@@ -51,7 +52,10 @@ def add_(xs: list[Tensor], ys: list[Tensor], alpha: float = 1.0) -> None:
 
 def copy_(xs: list[Tensor], ys: list[Tensor]) -> None:
     """`x[:] = y`."""
-    if xs:
+    if transforms_active() or any(y.requires_grad for y in ys):
+        for x, y in zip(xs, ys, strict=True):  # of these kernels, torch._foreach_copy_ alone has no derivative
+            x.copy_(y)
+    elif xs:
         torch._foreach_copy_(xs, ys)
 
 
@@ -87,7 +91,7 @@ def adam_(
     bottom = list(torch._foreach_sqrt(nu))
     torch._foreach_mul_(bottom, _widened(bias1 / bias2.sqrt(), grads))
     torch._foreach_add_(bottom, _widened(bias1 * eps, grads))
-    torch._foreach_copy_(grads, mu)
+    copy_(grads, mu)
     torch._foreach_div_(grads, bottom)
 
 
