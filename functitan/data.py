@@ -1,11 +1,12 @@
-"""Token streams: documents -> tokens -> batches, with the position in the data as a value.
+"""Token streams: documents -> tokens -> shuffled rows -> batches, with the position in the data as a value.
 
 Invariant: `next_batch(cursor)` is a pure function. The same cursor gives bitwise the same batch, in any process and at
-any time, and the cursor that comes back continues exactly where the batch ended. So to resume is to store three ints.
+any time, and the cursor that comes back continues exactly where the batch ended. So to resume is to store four ints.
 
-The stream is endless: the documents of epoch 0, of epoch 1, ..., each followed by one end-of-text token. A batch is a
-window of it, and the next window starts where this one ends: in each epoch every token is an input once and a label
-once. Batches hold global values, whatever the mesh is; `ft.shard(batch, data.BATCH)` takes a rank's part.
+The tokens are endless: the documents of epoch 0, of epoch 1, ..., each followed by one end-of-text token. They are cut
+into rows, the rows into windows, and each window is shuffled, so that a batch is not all of one long document. The next
+row in the text starts where this one ends: in each epoch every token is an input once and a label once. Batches hold
+global values, whatever the mesh is; `ft.shard(batch, data.BATCH)` takes a rank's part.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import sysconfig
 import threading
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, reduce
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
@@ -40,15 +41,20 @@ _GPT4_PATTERN = (
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 )
 _NOT_TEXT_TO_LEARN = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-_RECENT_DOCUMENTS = 256
+_RECENT_DOCUMENTS = 256  # a rank that lags by a batch must not reopen a streaming dataset
+_RECENT_WINDOWS = 2  # a batch may meet two
 
 
 class Cursor(NamedTuple):
-    """The next token to read: `offset` in the tokens of the document at position `document` of an epoch's order."""
+    """The next row to read: the one at position `row` of a shuffled window.
+
+    The window starts at token `offset` of the document at position `document` of an epoch's order.
+    """
 
     epoch: int = 0
     document: int = 0
     offset: int = 0
+    row: int = 0
 
 
 class TokenStream(NamedTuple):
@@ -61,16 +67,23 @@ class TokenStream(NamedTuple):
 
 
 def token_stream(
-    documents: Documents, encoding: tiktoken.Encoding, seq_len: int, batch_size: int, *, seed: int | None = 0
+    documents: Documents,
+    encoding: tiktoken.Encoding,
+    seq_len: int,
+    batch_size: int,
+    *,
+    seed: int | None = 0,
+    shuffle: int | None = 2048,
 ) -> TokenStream:
     """Batches of packed documents.
 
     Arguments: `documents`, a Hugging Face dataset with a column "text"; `encoding`, which has an end-of-text token;
-    `seed`, for a new order of the documents in each epoch (None: the dataset's own order). A streaming dataset can't
-    be reordered: pass None, after its own `.shuffle(seed=, buffer_size=)` where it shall be.
+    `seed`, for a new order of the documents in each epoch and of the rows in each window (None: both as they come);
+    `shuffle`, the rows of a window, of which the last in an epoch has fewer (0 or None: rows as they come). A streaming
+    dataset keeps its own order of documents, which its `.shuffle(seed=, buffer_size=)` can change.
     Result: a stream whose batches are {"tokens", "labels"}, int64 of shape (batch_size, seq_len), patterns `BATCH`.
-    The rows of a batch follow each other in the stream. `next_batch` takes a `Cursor` or any three ints, as JSON gives
-    them; a cursor serves any seq_len and batch_size.
+    `next_batch` takes a `Cursor` or any four ints, as JSON gives them. The order of rows does not depend on batch_size,
+    so a cursor serves any; the other arguments must be those it was made with.
     Raises FunctitanError for bad arguments, and in `next_batch` for a cursor beyond the data.
 
     >>> documents = Dataset.from_dict({"text": ["abc", "de"]})
@@ -79,10 +92,12 @@ def token_stream(
     >>> batch["tokens"], batch["labels"]
     (tensor([[ 97,  98,  99, 256]]), tensor([[ 98,  99, 256, 100]]))
     >>> cursor
-    Cursor(epoch=0, document=1, offset=0)
+    Cursor(epoch=0, document=1, offset=0, row=0)
     """
-    _check_stream(documents, encoding, seq_len, batch_size, seed)
+    _check_stream(documents, encoding, seq_len, batch_size, seed, shuffle)
     text_at = _texts_in_order(documents, seed) if isinstance(documents, Dataset) else _texts_of_stream(documents)
+    window_size = (1 if seed is None else shuffle) or 1
+    lock = threading.Lock()  # ranks that are threads share a stream: one of them reads a window for all
 
     @lru_cache(maxsize=_RECENT_DOCUMENTS)
     def tokens_at(epoch: int, document: int) -> np.ndarray | None:
@@ -90,27 +105,42 @@ def token_stream(
             return None
         return np.append(encoding.encode_to_numpy(text, disallowed_special=()), np.uint32(encoding.eot_token))
 
-    def next_batch(cursor: Sequence[int]) -> tuple[dict[str, Tensor], Cursor]:
-        epoch, document, offset = at = _check_cursor(cursor)
-        tokens = tokens_at(epoch, document)
-        if tokens is None or offset >= len(tokens):
-            raise FunctitanError(_beyond_the_data(at, tokens))
+    @lru_cache(maxsize=_RECENT_WINDOWS)
+    def window_at(*start: int) -> tuple[np.ndarray, tuple[int, int, int]]:
+        """The rows in their shuffled order, (rows, seq_len + 1) with the last label, and where the next window starts."""
+        epoch, document, offset = start
         pieces: list[np.ndarray] = []
-        missing = batch_size * seq_len + 1  # the last token is a label only: the next batch starts with it
-        while True:
+        missing = window_size * seq_len + 1  # the last token is a label only: the next window starts with it
+        while missing:
+            tokens = tokens_at(epoch, document)
+            if tokens is None and pieces and document:  # the epoch ends: fill the row, and end the window there
+                epoch, document, missing = epoch + 1, 0, (missing - 1) % seq_len + 1
+                continue
+            if tokens is None or offset >= len(tokens):
+                raise FunctitanError(_beyond_the_data(Cursor(epoch, document, offset), tokens))
             pieces.append(tokens[offset : offset + missing])
             missing -= len(pieces[-1])
-            if not missing:
-                break
-            document, offset, tokens = document + 1, 0, tokens_at(epoch, document + 1)
-            if tokens is None:
-                epoch, document, tokens = epoch + 1, 0, tokens_at(epoch + 1, 0)
-                if tokens is None:
-                    raise FunctitanError(_beyond_the_data(Cursor(epoch, 0, 0), None))
-        window = torch.from_numpy(np.concatenate(pieces).astype(np.int64))
+            end = epoch, document, offset + len(pieces[-1]) - 1
+            document, offset = document + 1, 0
+        rows = np.lib.stride_tricks.sliding_window_view(np.concatenate(pieces), seq_len + 1)[::seq_len]
+        return rows[_permutation(len(rows), seed, "rows", *start)], end
+
+    def next_batch(cursor: Sequence[int]) -> tuple[dict[str, Tensor], Cursor]:
+        *start, row = at = _check_cursor(cursor)
+        parts: list[np.ndarray] = []
+        missing = batch_size
+        while missing:
+            with lock:
+                rows, end = window_at(*start)
+            if row >= len(rows):
+                raise FunctitanError(_beyond_the_data(at, rows))
+            parts.append(rows[row : row + missing])
+            missing, row = missing - len(parts[-1]), row + len(parts[-1])
+            if row == len(rows):
+                start, row = end, 0
+        rows = torch.from_numpy(np.concatenate(parts).astype(np.int64))
         # Copies: a batch may be donated, and one storage for two tensors must not be.
-        tokens, labels = (part.reshape(batch_size, seq_len).clone() for part in (window[:-1], window[1:]))
-        return {"tokens": tokens, "labels": labels}, Cursor(epoch, document, offset + len(pieces[-1]) - 1)
+        return {"tokens": rows[:, :-1].clone(), "labels": rows[:, 1:].clone()}, Cursor(*start, row)
 
     return TokenStream(next_batch, encoding, seq_len, batch_size)
 
@@ -228,46 +258,51 @@ def huggingface_documents(
 
 
 def _texts_in_order(documents: Dataset, seed: int | None) -> Callable[[int, int], str | None]:
-    @lru_cache(maxsize=2)  # a batch may meet two epochs
+    @lru_cache(maxsize=2)  # a window may meet two epochs
     def order(epoch: int) -> np.ndarray:
-        if seed is None:
-            return np.arange(len(documents))
-        rank = random.bits(random.fold_in(random.key(seed), epoch), (len(documents),))
-        return torch.argsort(rank, stable=True).cpu().numpy()
+        return _permutation(len(documents), seed, "documents", epoch)
 
     return lambda epoch, index: documents[int(order(epoch)[index])]["text"] if index < len(documents) else None
 
 
+def _permutation(n: int, seed: int | None, *place: int | str) -> np.ndarray:
+    if seed is None or n == 1:
+        return np.arange(n)
+    key = reduce(random.fold_in, place, random.key(seed))
+    return torch.argsort(random.bits(key, (n,)), stable=True).cpu().numpy()
+
+
 def _texts_of_stream(documents: IterableDataset) -> Callable[[int, int], str | None]:
     """Reads on where the last call ended, and opens the stream anew for any other place."""
-    lock = threading.Lock()  # ranks that are threads share a stream
     rows, place = iter(()), None
 
     def text_at(epoch: int, index: int) -> str | None:
         nonlocal rows, place
-        with lock:
-            if place != (epoch, index):
-                opened = documents.skip(index)
-                opened.set_epoch(epoch)  # of this copy; a shuffled stream takes its order from it
-                rows = iter(opened)
-            place = None  # a read that fails leaves no place to go on from
-            row = next(rows, None)
-            place = (epoch, index + 1)
+        if place != (epoch, index):
+            opened = documents.skip(index)
+            opened.set_epoch(epoch)  # of this copy; a shuffled stream takes its order from it
+            rows = iter(opened)
+        place = None  # a read that fails leaves no place to go on from
+        row = next(rows, None)
+        place = (epoch, index + 1)
         return None if row is None else row["text"]
 
     return text_at
 
 
 def _check_stream(
-    documents: Documents, encoding: tiktoken.Encoding, seq_len: int, batch_size: int, seed: int | None
+    documents: Documents,
+    encoding: tiktoken.Encoding,
+    seq_len: int,
+    batch_size: int,
+    seed: int | None,
+    shuffle: int | None,
 ) -> None:
     problems = _problems_of(documents)
-    sizes = {"seq_len": seq_len, "batch_size": batch_size}
-    problems += [f"{n}={v!r} is not an int >= 1" for n, v in sizes.items() if type(v) is not int or v < 1]
+    least = {"seq_len": (seq_len, 1), "batch_size": (batch_size, 1), "seed": (seed or 0, 0), "shuffle": (shuffle or 0, 0)}
+    problems += [f"{n}={v!r} is not an int >= {low}" for n, (v, low) in least.items() if type(v) is not int or v < low]
     if END_OF_TEXT not in encoding.special_tokens_set:
         problems.append(f"the encoding {encoding.name!r} has no {END_OF_TEXT} to put between documents")
-    if seed is not None and isinstance(documents, IterableDataset):
-        problems.append(f"seed={seed}, but a streaming dataset can't be reordered: pass seed=None and use its .shuffle")
     if problems:
         fix = "write as in token_stream(stdlib_documents(), byte_encoding(), seq_len=256, batch_size=8)"
         raise FunctitanError(report("token_stream", problems, fix))
@@ -284,16 +319,18 @@ def _problems_of(documents: Documents) -> list[str]:
 
 def _check_cursor(cursor: Sequence[int]) -> Cursor:
     try:
-        checked = Cursor(*map(operator.index, cursor))
+        checked = Cursor._make(map(operator.index, cursor))
     except TypeError:
         checked = Cursor(-1)
     if min(checked) < 0:
-        problem = f"{cursor!r} is not three ints >= 0: epoch, document, offset"
+        problem = f"{cursor!r} is not four ints >= 0: epoch, document, offset, row"
         raise FunctitanError(report("next_batch", [problem], "start with Cursor(), go on with the cursor of a batch"))
     return checked
 
 
-def _beyond_the_data(cursor: Cursor, tokens: np.ndarray | None) -> str:
-    found = "the data has no such document" if tokens is None else f"that document has {len(tokens)} tokens"
+def _beyond_the_data(cursor: Cursor, found: np.ndarray | None) -> str:
+    what = "the data has no such document"
+    if found is not None:
+        what = f"that {'document' if found.ndim == 1 else 'window'} has {len(found)} {'tokens' if found.ndim == 1 else 'rows'}"
     fix = "use a cursor of the same documents and encoding"
     return report("next_batch", [f"{cursor} is beyond the data: {found}"], fix)

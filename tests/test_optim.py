@@ -192,25 +192,6 @@ def test_a_step_runs_on_fake_tensors(tx):
         assert all(x.fake_mode is mode for x in tree.leaves(updates))
 
 
-@pytest.mark.parametrize("name", ["adamw", "momentum", "nesterov", "clipped"])
-def test_a_step_has_a_derivative_and_a_batching_rule(name):
-    """The derivative as an optimizer that learns to optimize needs it; the batch as an ensemble of models does."""
-    tx, params, grads = OPTIMIZERS[name], values(0), values(1)
-    state = tx.update(values(2), tx.init(params), params)[1]
-
-    def moved(g):
-        return tx.update({**grads, "out": g}, state, params, donate=True)[0]["out"].sum()
-
-    assert torch.autograd.gradcheck(moved, grads["out"].clone().requires_grad_())
-    slope = torch.func.grad(moved)(grads["out"])
-    expected = torch.autograd.functional.jacobian(moved, grads["out"])
-    torch.testing.assert_close(slope, expected, rtol=0, atol=ROUNDING)
-    ensemble = torch.stack([grads["out"], -grads["out"]])
-    each = torch.func.vmap(lambda g: tx.update(g, tx.init(g), g)[0])(ensemble)
-    for g, update in zip(ensemble, each, strict=True):
-        torch.testing.assert_close(update, tx.update(g, tx.init(g), g)[0], rtol=0, atol=ROUNDING)
-
-
 @pytest.mark.parametrize("tx", [OPTIMIZERS["adamw"], OPTIMIZERS["nesterov"]], ids=["adamw", "nesterov"])
 def test_gradients_that_share_memory_are_safe_to_donate(tx):
     """Autograd gives one tensor as the gradient of two leaves, expanded tensors, and transposed ones."""

@@ -18,17 +18,15 @@ from functitan.ops.function import transforms_active
 def owned(leaves: list[Tensor], donate: bool) -> list[Tensor]:
     """Contiguous tensors that may be written: where donated the leaves themselves, else copies.
 
-    Autograd may give one tensor as the gradient of two leaves, or an expanded one: such leaves are copied even so, and
-    so is what autograd tracks; inside a torch.func transform all are.
+    Autograd may give one tensor as the gradient of two leaves, or an expanded one: such leaves are copied even so.
     """
-    if not donate or transforms_active():
+    if not donate:
         return [x.clone(memory_format=torch.contiguous_format) for x in leaves]
-    seen: set[tuple[int, int]] = set()
+    seen = set()
     mine = []
     for x in leaves:
         place = (x.untyped_storage()._cdata, x.storage_offset())
-        must_copy = place in seen or x.requires_grad
-        mine.append(x.clone(memory_format=torch.contiguous_format) if must_copy else x.contiguous())
+        mine.append(x.clone(memory_format=torch.contiguous_format) if place in seen else x.contiguous())
         seen.add(place)
     return mine
 
@@ -52,10 +50,7 @@ def add_(xs: list[Tensor], ys: list[Tensor], alpha: float = 1.0) -> None:
 
 def copy_(xs: list[Tensor], ys: list[Tensor]) -> None:
     """`x[:] = y`."""
-    if transforms_active() or any(y.requires_grad for y in ys):
-        for x, y in zip(xs, ys, strict=True):  # of these kernels, torch._foreach_copy_ alone has no derivative
-            x.copy_(y)
-    elif xs:
+    if xs:
         torch._foreach_copy_(xs, ys)
 
 
@@ -96,12 +91,12 @@ def adam_(
 
 
 def _fuses(tensors: list[Tensor]) -> bool:
-    """Only where it runs at once: it has no derivative and no batching rule, and a compiler fuses plain ops better.
+    """Only where it runs at once: a compiler would not see that operands share memory, and fuses plain ops better.
 
-    CPU only: elsewhere that it may overwrite its gradients is untried.
+    CPU only: elsewhere it is untried that the direction may overwrite the gradients.
     """
     traced = torch.compiler.is_compiling() or get_proxy_mode() is not None or transforms_active()
-    return not traced and all(x.device.type == "cpu" and not x.requires_grad for x in tensors)
+    return not traced and all(x.device.type == "cpu" for x in tensors)
 
 
 def _widened(scalar: Tensor, xs: list[Tensor]) -> Tensor:

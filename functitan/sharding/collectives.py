@@ -36,36 +36,35 @@ def run_step(x: Tensor, step: Step, env: Env, label: Label, op: str = "sum", dty
     """One step of a plan on this rank's tensor. `dtype` is the one to reduce in, where the step reduces."""
     if step.kind == "all_reduce":
         return _reduced(x, step, env, label, op, dtype)
-    sub, shape = _open(x, step)
+    shape, after = _framed(x, step)
     if step.kind == "slice":
-        out = _own(sub, step, env)
+        out = _own(x.reshape(shape), step, env)
     elif step.kind == "all_gather":
-        out = _send("all_gather", sub, step.dims, env, label)
+        out = _send("all_gather", x, step.dims, env, label)
     elif step.kind == "all_to_all":
-        out = _send("all_to_all", _scattered_first(sub, step), step.dims, env, label)
+        out = _send("all_to_all", _scattered_first(x, shape, step), step.dims, env, label)
     else:
-        out = _reduced(_scattered_first(sub, step), step, env, label, op, dtype)
-    return _close(out, step, shape)
+        out = _reduced(_scattered_first(x, shape, step), step, env, label, op, dtype)
+    return _merged(out, step, after)
 
 
-def _open(x: Tensor, step: Step) -> tuple[Tensor, list[int]]:
-    """The tensor with its framed axes as sub-axes, and its shape when the scattered ones have become of size 1."""
+def _framed(x: Tensor, step: Step) -> tuple[list[int], list[int]]:
+    """The tensor's shape with its framed axes as sub-axes, and that when the scattered ones have become of size 1."""
     shape, after = list(x.shape), list(x.shape)
     for view in reversed(_views(step)):
         sizes = [1 if view is step.source and p in view.moved else n for p, n in enumerate(view.sizes)]
         rest = x.shape[view.axis] // math.prod(sizes)
         shape[view.axis : view.axis + 1] = [*sizes, rest]
         after[view.axis : view.axis + 1] = [*(1 if p in view.moved else n for p, n in enumerate(view.sizes)), rest]
-    return x.reshape(shape), after
+    return shape, after
 
 
-def _scattered_first(sub: Tensor, step: Step) -> Tensor:
+def _scattered_first(x: Tensor, shape: list[int], step: Step) -> Tensor:
     """The sub-axes to be scattered flattened into one leading axis: row j is for rank j."""
     assert step.target is not None
     moved = _places(step, step.target)
-    rest = [i for i in range(sub.dim()) if i not in moved]
-    n = math.prod(sub.shape[i] for i in moved)
-    return sub.permute(*moved, *rest).reshape(n, *(sub.shape[i] for i in rest))
+    rest = [i for i in range(len(shape)) if i not in moved]
+    return _turned(x, shape, [*moved, *rest], [math.prod(shape[i] for i in moved), *(shape[i] for i in rest)])
 
 
 def _own(sub: Tensor, step: Step, env: Env) -> Tensor:
@@ -76,19 +75,25 @@ def _own(sub: Tensor, step: Step, env: Env) -> Tensor:
     return sub
 
 
-def _close(out: Tensor, step: Step, shape: list[int]) -> Tensor:
-    """The inverse of `_open`: a leading axis of gathered sub-axes goes to their places, and sub-axes merge."""
+def _merged(out: Tensor, step: Step, shape: list[int]) -> Tensor:
+    """The tensor with a leading axis of gathered sub-axes moved to their places, and sub-axes merged."""
+    now, order = shape, list(range(len(shape)))
     if step.source is not None:
         places = _places(step, step.source)
-        lead = len(places)
         sizes = [step.source.sizes[p] for p in step.source.moved]
-        order = [places.index(i) if i in places else lead + i for i in range(len(shape))]
-        out = out.reshape(*sizes, *shape).permute(*order, *(lead + i for i in places))
+        now, lead = [*sizes, *shape], len(places)
+        order = [places.index(i) if i in places else lead + i for i in range(len(shape))] + [lead + i for i in places]
         shape = [sizes[places.index(i)] if i in places else n for i, n in enumerate(shape)]
     for view in reversed(_views(step)):
         at, width = _offset(step, view), len(view.sizes) + 1
         shape = [*shape[:at], math.prod(shape[at : at + width]), *shape[at + width :]]
-    return out.reshape(shape)
+    return _turned(out, now, order, shape)
+
+
+def _turned(x: Tensor, shape: list[int], order: list[int], final: list[int]) -> Tensor:
+    """`x` seen as `shape`, permuted, and reshaped; the permutation of axes of size 1 moves nothing."""
+    moving = [i for i in order if shape[i] != 1]
+    return x.reshape(final) if moving == sorted(moving) else x.reshape(shape).permute(order).reshape(final)
 
 
 def _views(step: Step) -> list[View]:

@@ -49,11 +49,12 @@ def sharded(
 
 
 def assert_close(actual: tree.Tree, expected: tree.Tree, tolerance: float = 1e-10) -> None:
-    """Assert equal structure, shapes, dtypes, and values within `tolerance` of the largest magnitude (at least 1)."""
+    """Assert equal structure, shapes, dtypes, and values within `tolerance` of the largest finite one (at least 1)."""
     leaves, structure = tree.flatten(expected)
     assert tree.flatten(actual)[1] == structure, f"{tree.flatten(actual)[1]} is not {structure}"
     for path, x, y in zip(tree.paths(expected), tree.leaves(actual), leaves, strict=True):
-        largest = max(1.0, y.abs().max().item()) if y.numel() else 1.0
+        finite = y[y.isfinite()] if y.is_floating_point() else y
+        largest = max(1.0, finite.abs().max().item()) if finite.numel() else 1.0
         torch.testing.assert_close(
             x, y, rtol=0.0, atol=tolerance * largest, msg=lambda text, path=path: f"{path or 'value'}: {text}"
         )
