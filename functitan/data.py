@@ -17,15 +17,16 @@ import os
 import sysconfig
 import threading
 from collections.abc import Callable, Sequence
-from functools import lru_cache, reduce
+from functools import lru_cache, partial, reduce
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import tiktoken
 import torch
 from datasets import Dataset, IterableDataset, load_dataset
+from numpy.lib.stride_tricks import sliding_window_view
+from tiktoken import Encoding, get_encoding, list_encoding_names
 from torch import Tensor
 
 from functitan import random
@@ -61,69 +62,79 @@ class TokenStream(NamedTuple):
     """An endless stream of batches; `next_batch` maps a cursor to (batch, next cursor)."""
 
     next_batch: Callable[[Sequence[int]], tuple[dict[str, Tensor], Cursor]]
-    encoding: tiktoken.Encoding
+    encoding: Encoding
     seq_len: int
     batch_size: int
 
 
 def token_stream(
     documents: Documents,
-    encoding: tiktoken.Encoding,
+    encoding: Encoding,
     seq_len: int,
     batch_size: int,
     *,
-    seed: int | None = 0,
+    seed: int = 0,
     shuffle: int | None = 2048,
 ) -> TokenStream:
     """Batches of packed documents.
 
     Arguments: `documents`, a Hugging Face dataset with a column "text"; `encoding`, which has an end-of-text token;
-    `seed`, for a new order of the documents in each epoch and of the rows in each window (None: both as they come);
-    `shuffle`, the rows of a window, of which the last in an epoch has fewer (0 or None: rows as they come). A streaming
-    dataset keeps its own order of documents, which its `.shuffle(seed=, buffer_size=)` can change.
+    `seed`, for a new order of the documents in each epoch and of the rows in each window; `shuffle`, the rows of a
+    window, of which the last in an epoch has fewer (0 or None: documents and rows as they come). A streaming dataset
+    keeps its own order of documents, which its `.shuffle(seed=, buffer_size=)` can change.
     Result: a stream whose batches are {"tokens", "labels"}, int64 of shape (batch_size, seq_len), patterns `BATCH`.
     `next_batch` takes a `Cursor` or any four ints, as JSON gives them. The order of rows does not depend on batch_size,
     so a cursor serves any; the other arguments must be those it was made with.
     Raises FunctitanError for bad arguments, and in `next_batch` for a cursor beyond the data.
 
     >>> documents = Dataset.from_dict({"text": ["abc", "de"]})
-    >>> stream = token_stream(documents, byte_encoding(), seq_len=4, batch_size=1, seed=None)
+    >>> stream = token_stream(documents, byte_encoding(), seq_len=4, batch_size=1, shuffle=0)
     >>> batch, cursor = stream.next_batch(Cursor())
     >>> batch["tokens"], batch["labels"]
     (tensor([[ 97,  98,  99, 256]]), tensor([[ 98,  99, 256, 100]]))
     >>> cursor
     Cursor(epoch=0, document=1, offset=0, row=0)
     """
-    _check_stream(documents, encoding, seq_len, batch_size, seed, shuffle)
-    text_at = _texts_in_order(documents, seed) if isinstance(documents, Dataset) else _texts_of_stream(documents)
-    window_size = (1 if seed is None else shuffle) or 1
+    shuffle = shuffle or 0
+    _check_stream(documents, encoding, seq_len=seq_len, batch_size=batch_size, seed=seed, shuffle=shuffle)
+    key = random.key(seed)
     lock = threading.Lock()  # ranks that are threads share a stream: one of them reads a window for all
 
+    def permutation(n: int, *place: int | str) -> np.ndarray:
+        if not shuffle or n == 1:
+            return np.arange(n)
+        return torch.argsort(random.bits(reduce(random.fold_in, place, key), (n,)), stable=True).cpu().numpy()
+
+    streaming = isinstance(documents, IterableDataset)
+    text_at = _texts_of_stream(documents) if streaming else _texts_in_order(documents, permutation)
+
     @lru_cache(maxsize=_RECENT_DOCUMENTS)
-    def tokens_at(epoch: int, document: int) -> np.ndarray | None:
+    def tokens_at(epoch: int, document: int) -> np.ndarray:
         if (text := text_at(epoch, document)) is None:
-            return None
+            return np.empty(0, np.uint32)
         return np.append(encoding.encode_to_numpy(text, disallowed_special=()), np.uint32(encoding.eot_token))
 
     @lru_cache(maxsize=_RECENT_WINDOWS)
     def window_at(*start: int) -> tuple[np.ndarray, tuple[int, int, int]]:
-        """The rows in their shuffled order, (rows, seq_len + 1) with the last label, and where the next window starts."""
-        epoch, document, offset = start
+        """The rows in their new order, each with the label of its last token, and the start of the next window."""
+        epoch, document, offset = end = start
         pieces: list[np.ndarray] = []
-        missing = window_size * seq_len + 1  # the last token is a label only: the next window starts with it
+        missing = (shuffle or 1) * seq_len + 1  # the last token is a label only: the next window starts with it
         while missing:
             tokens = tokens_at(epoch, document)
-            if tokens is None and pieces and document:  # the epoch ends: fill the row, and end the window there
+            if document and pieces and not len(tokens):  # the epoch is over, and with the row begun so is the window
                 epoch, document, missing = epoch + 1, 0, (missing - 1) % seq_len + 1
                 continue
-            if tokens is None or offset >= len(tokens):
-                raise FunctitanError(_beyond_the_data(Cursor(epoch, document, offset), tokens))
+            if offset >= len(tokens):
+                raise FunctitanError(
+                    _beyond_the_data(Cursor(epoch, document, offset), "document", len(tokens), "tokens")
+                )
             pieces.append(tokens[offset : offset + missing])
             missing -= len(pieces[-1])
             end = epoch, document, offset + len(pieces[-1]) - 1
             document, offset = document + 1, 0
-        rows = np.lib.stride_tricks.sliding_window_view(np.concatenate(pieces), seq_len + 1)[::seq_len]
-        return rows[_permutation(len(rows), seed, "rows", *start)], end
+        rows = sliding_window_view(np.concatenate(pieces), seq_len + 1)[::seq_len]
+        return rows[permutation(len(rows), "rows", *start)], end
 
     def next_batch(cursor: Sequence[int]) -> tuple[dict[str, Tensor], Cursor]:
         *start, row = at = _check_cursor(cursor)
@@ -131,12 +142,13 @@ def token_stream(
         missing = batch_size
         while missing:
             with lock:
-                rows, end = window_at(*start)
-            if row >= len(rows):
-                raise FunctitanError(_beyond_the_data(at, rows))
-            parts.append(rows[row : row + missing])
-            missing, row = missing - len(parts[-1]), row + len(parts[-1])
-            if row == len(rows):
+                window, end = window_at(*start)
+            if row >= len(window):
+                raise FunctitanError(_beyond_the_data(at, "window", len(window), "rows"))
+            parts.append(window[row : row + missing])
+            missing -= len(parts[-1])
+            row += len(parts[-1])
+            if row == len(window):
                 start, row = end, 0
         rows = torch.from_numpy(np.concatenate(parts).astype(np.int64))
         # Copies: a batch may be donated, and one storage for two tensors must not be.
@@ -177,17 +189,17 @@ def split(documents: Documents, validation: float = 0.05) -> tuple[Documents, Do
     return documents.select(sides[0]), documents.select(sides[1])
 
 
-def byte_encoding() -> tiktoken.Encoding:
+def byte_encoding() -> Encoding:
     """The encoding of UTF-8 bytes: token i < 256 is the byte i, 256 is the end of text. Needs no file.
 
     >>> byte_encoding().encode("hé"), byte_encoding().n_vocab
     ([104, 195, 169], 257)
     """
     ranks = {bytes([i]): i for i in range(256)}  # the pattern only cuts the work into small pieces
-    return tiktoken.Encoding("bytes", pat_str=r"[\s\S]{1,64}", mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 256})
+    return Encoding("bytes", pat_str=r"[\s\S]{1,64}", mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 256})
 
 
-def encoding(name_or_path: str | os.PathLike, *, pattern: str = _GPT4_PATTERN) -> tiktoken.Encoding:
+def encoding(name_or_path: str | os.PathLike, *, pattern: str = _GPT4_PATTERN) -> Encoding:
     """A tiktoken encoding.
 
     Arguments: `name_or_path`, "bytes", a name that tiktoken knows (it downloads the ranks at first use) or a
@@ -198,9 +210,9 @@ def encoding(name_or_path: str | os.PathLike, *, pattern: str = _GPT4_PATTERN) -
     >>> encoding("bytes").n_vocab
     257
     """
-    name, known = str(name_or_path), ["bytes", *tiktoken.list_encoding_names()]
+    name, known = str(name_or_path), ["bytes", *list_encoding_names()]
     if name in known:
-        return byte_encoding() if name == "bytes" else tiktoken.get_encoding(name)
+        return byte_encoding() if name == "bytes" else get_encoding(name)
     path = Path(name)
     if not path.is_file():
         problem = f"{name!r} is neither a name{nearest(name, known)} nor a file"
@@ -217,7 +229,7 @@ def encoding(name_or_path: str | os.PathLike, *, pattern: str = _GPT4_PATTERN) -
         problem = f"{len(missing)} of the 256 bytes have no rank, the first is {missing[0]}"
         raise FunctitanError(report(f"encoding({name!r})", [problem], "give the ranks of a byte-level encoding"))
     end = {END_OF_TEXT: max(ranks.values()) + 1}
-    return tiktoken.Encoding(path.stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens=end)
+    return Encoding(path.stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens=end)
 
 
 def stdlib_documents() -> Dataset:
@@ -257,19 +269,9 @@ def huggingface_documents(
     return documents if column == "text" else documents.rename_column(column, "text")
 
 
-def _texts_in_order(documents: Dataset, seed: int | None) -> Callable[[int, int], str | None]:
-    @lru_cache(maxsize=2)  # a window may meet two epochs
-    def order(epoch: int) -> np.ndarray:
-        return _permutation(len(documents), seed, "documents", epoch)
-
+def _texts_in_order(documents: Dataset, permutation: Callable[..., np.ndarray]) -> Callable[[int, int], str | None]:
+    order = lru_cache(maxsize=2)(partial(permutation, len(documents), "documents"))  # a window may meet two epochs
     return lambda epoch, index: documents[int(order(epoch)[index])]["text"] if index < len(documents) else None
-
-
-def _permutation(n: int, seed: int | None, *place: int | str) -> np.ndarray:
-    if seed is None or n == 1:
-        return np.arange(n)
-    key = reduce(random.fold_in, place, random.key(seed))
-    return torch.argsort(random.bits(key, (n,)), stable=True).cpu().numpy()
 
 
 def _texts_of_stream(documents: IterableDataset) -> Callable[[int, int], str | None]:
@@ -290,17 +292,12 @@ def _texts_of_stream(documents: IterableDataset) -> Callable[[int, int], str | N
     return text_at
 
 
-def _check_stream(
-    documents: Documents,
-    encoding: tiktoken.Encoding,
-    seq_len: int,
-    batch_size: int,
-    seed: int | None,
-    shuffle: int | None,
-) -> None:
+def _check_stream(documents: Documents, encoding: Encoding, **sizes: int | None) -> None:
     problems = _problems_of(documents)
-    least = {"seq_len": (seq_len, 1), "batch_size": (batch_size, 1), "seed": (seed or 0, 0), "shuffle": (shuffle or 0, 0)}
-    problems += [f"{n}={v!r} is not an int >= {low}" for n, (v, low) in least.items() if type(v) is not int or v < low]
+    for name, size in sizes.items():
+        least = name in ("seq_len", "batch_size")
+        if type(size) is not int or size < least:
+            problems.append(f"{name}={size!r} is not an int >= {least:d}")
     if END_OF_TEXT not in encoding.special_tokens_set:
         problems.append(f"the encoding {encoding.name!r} has no {END_OF_TEXT} to put between documents")
     if problems:
@@ -328,9 +325,7 @@ def _check_cursor(cursor: Sequence[int]) -> Cursor:
     return checked
 
 
-def _beyond_the_data(cursor: Cursor, found: np.ndarray | None) -> str:
-    what = "the data has no such document"
-    if found is not None:
-        what = f"that {'document' if found.ndim == 1 else 'window'} has {len(found)} {'tokens' if found.ndim == 1 else 'rows'}"
-    fix = "use a cursor of the same documents and encoding"
+def _beyond_the_data(cursor: Cursor, what: str, size: int, unit: str) -> str:
+    found = f"that {what} has {size} {unit}" if size else f"the data has no such {what}"
+    fix = "use a cursor of the same documents, encoding, seq_len and shuffle"
     return report("next_batch", [f"{cursor} is beyond the data: {found}"], fix)

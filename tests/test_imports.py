@@ -16,9 +16,10 @@ import pytest
 LAYERS = [
     ["errors", "tree"],
     ["axes", "param", "random"],
-    ["sharding.mesh", "sharding.rules", "sharding.layout", "sharding.plan"],
-    ["sharding.context", "sharding.transport", "sharding.distributed", "sharding.virtual", "sharding.ledger"]
-    + ["sharding.collectives", "sharding.reshard", "sharding.explain", "sharding"],
+    ["sharding.mesh", "sharding.rules", "sharding.layout", "sharding.contraction", "sharding.moves", "sharding.choice"]
+    + ["sharding.plan"],
+    ["sharding.context", "sharding.distributed", "sharding.virtual", "sharding.ledger"]
+    + ["sharding.collectives", "sharding.explain", "sharding.init", "sharding.launch", "sharding"],
     ["ops", "ops.*"],
     ["nn", "nn.*", "transforms", "transforms.*"],
     ["models", "models.*", "pipeline", "pipeline.*", "optim", "optim.*"],
@@ -28,7 +29,7 @@ LAYERS = [
 STRANGERS = [{"nn", "transforms"}]  # packages that do not import each other
 COLLECTIVES_AT_HOME = LAYERS[3]  # the only users of torch.distributed's collectives
 PYTREES_AT_HOME = ["tree"]  # the only importer of optree and torch's pytree
-OPTIONAL = {"datasets", "matplotlib", "rich", "tiktoken", "transformers"}  # heavy: a function may import them itself
+OPTIONAL = {"datasets", "dill", "matplotlib", "rich", "tiktoken", "transformers"}  # heavy: a function may import them itself
 MAX_LINES = 300
 
 COLLECTIVE = re.compile(

@@ -38,8 +38,10 @@ def wide_dtype(dtypes: list[torch.dtype]) -> torch.dtype:
 
 def scale_(xs: list[Tensor], factor: float | Tensor) -> None:
     """`x *= factor`, a number or a tensor `[]`."""
+    if isinstance(factor, Tensor):  # in the dtype of the leaves it is one kernel on CUDA
+        factor = factor.to(wide_dtype([x.dtype for x in xs]))
     if xs:
-        torch._foreach_mul_(xs, _widened(factor, xs) if isinstance(factor, Tensor) else factor)
+        torch._foreach_mul_(xs, factor)  # with a tensor add_ would read its value, mul_ does not
 
 
 def add_(xs: list[Tensor], ys: list[Tensor], alpha: float = 1.0) -> None:
@@ -82,12 +84,12 @@ def adam_(
     torch._foreach_mul_(nu, b2)
     torch._foreach_addcmul_(nu, grads, grads, 1 - b2)
     t = count.to(torch.float64)
-    bias1, bias2 = 1 - b1**t, 1 - b2**t
     bottom = list(torch._foreach_sqrt(nu))
-    torch._foreach_mul_(bottom, _widened(bias1 / bias2.sqrt(), grads))
-    torch._foreach_add_(bottom, _widened(bias1 * eps, grads))
+    scale_(bottom, (1 - b2**t).rsqrt())
+    torch._foreach_add_(bottom, eps)
     copy_(grads, mu)
     torch._foreach_div_(grads, bottom)
+    scale_(grads, 1 / (1 - b1**t))
 
 
 def _fuses(tensors: list[Tensor]) -> bool:
@@ -97,8 +99,3 @@ def _fuses(tensors: list[Tensor]) -> bool:
     """
     traced = torch.compiler.is_compiling() or get_proxy_mode() is not None or transforms_active()
     return not traced and all(x.device.type == "cpu" for x in tensors)
-
-
-def _widened(scalar: Tensor, xs: list[Tensor]) -> Tensor:
-    """A scalar tensor in the dtype of the leaves, float32 at least: only then are kernels on CUDA one call."""
-    return scalar.to(wide_dtype([x.dtype for x in xs]))
