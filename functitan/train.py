@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from functitan import random, tree
 from functitan.errors import FunctitanError, report
-from functitan.optim import GradientTransformation, apply_updates
+from functitan.optim import ClipState, GradientTransformation, apply_updates
 from functitan.param import Param
 from functitan.sharding.context import as_mesh, current, spmd, using
 from functitan.sharding.init import init
@@ -71,7 +71,7 @@ def train_step(
     """`step(state, batch) -> (state, metrics)` of `loss_fn(params, batch, key) -> (sum, count)` or `((sum, count), aux)`.
 
     Gradients are those of sum / count. `batch` holds this rank's shards (`ft.shard`). Metrics are tensors, equal on every
-    rank: "loss", "count", and "aux" where there is one. With `donate` the state's buffers are updated in place, and the
+    rank: "loss", "count", "grad_norm" where the optimizer clips by it, and "aux" where there is one. With `donate` the state's buffers are updated in place, and the
     old state raises `DonatedError` if it is used again. Runs on the state's mesh unless called inside `ft.spmd`.
 
     >>> import functitan as ft
@@ -97,7 +97,7 @@ def train_step(
         with using(current()._replace(phase="update")), torch.no_grad():
             updates, opt_state = tx.update(grads, state.opt_state, state.params, patterns=patterns, donate=donate)
             params = apply_updates(state.params, updates, donate=donate)
-        metrics = {"loss": loss, "count": count, **({} if aux is None else {"aux": aux})}
+        metrics = {"loss": loss, "count": count, **_norms(opt_state), **({} if aux is None else {"aux": aux})}
         if donate:
             params, opt_state = _renewed((state.params, state.opt_state), (params, opt_state), state.step)
         return replace(state, params=params, opt_state=opt_state, step=state.step + 1), metrics
@@ -120,6 +120,12 @@ def _split_loss(out: Any) -> tuple[tuple[Tensor, Any], Any]:
             return (pair[0], pair[1]), aux
     fix = "return (sum, count), both scalars over the whole batch: (ft.reduce('batch seq ->', loss), tokens), or ((sum, count), aux)"
     raise FunctitanError(report("ft.train_step: the loss function", [f"it returned {_describe(out)}"], fix))
+
+
+def _norms(opt_state: Any) -> dict[str, Tensor]:
+    """The gradient's norm, where a clip measured it."""
+    states = opt_state if isinstance(opt_state, tuple) else (opt_state,)
+    return {"grad_norm": state.norm for state in states if isinstance(state, ClipState)}
 
 
 def _describe(out: Any) -> str:
