@@ -111,7 +111,7 @@ def functitan_step() -> Callable[[dict[str, Tensor]], float]:
 
 def load(model: Llama, params: ft.tree.Tree) -> None:
     """functitan's parameters into the module: its matrices are [in, out], nn.Linear's [out, in]."""
-    matrix = lambda x, rows: x.reshape(rows, -1).T  # noqa: E731
+    matrix = lambda x, rows: x.reshape(rows, -1).T
     c = model.c
     with torch.no_grad():
         model.embedding.weight.copy_(params["embedding"])
@@ -175,14 +175,19 @@ def main() -> None:
     print(file=sys.stderr)
     ratios = [a / b for a, b in zip(times["functitan"], times["module"], strict=True)]
     command = [sys.executable, __file__, "--threads", str(args.threads), "--memory-of"]
-    memory = {name: json.loads(subprocess.run([*command, name], check=True, capture_output=True).stdout) for name in times}
+    memory = {
+        name: json.loads(subprocess.run([*command, name], check=True, capture_output=True).stdout) for name in times
+    }
     print(f"Llama {CONFIG}")
     print(f"batch {BATCH}, seq {SEQ}, float32, AdamW, clip {CLIP}; torch {torch.__version__}, {args.threads} threads")
-    print(f"losses agree to {worst:.1e} over {args.pairs + 2} steps" + ("" if worst < 1e-4 else "   INVALID: above 1e-4"))
+    print(
+        f"losses agree to {worst:.1e} over {args.pairs + 2} steps" + ("" if worst < 1e-4 else "   INVALID: above 1e-4")
+    )
     print(f"{'':12}{'ms per step':>14}{'peak MiB':>12}")
     for name in times:
         print(f"{name:12}{statistics.median(times[name]) * 1e3:14.1f}{memory[name] / 2**20:12.0f}")
-    print(f"{'ratio':12}{statistics.median(ratios):14.3f}{memory['functitan'] / memory['module']:12.3f}   (at most 1.10 and 1.15)")
+    ratio, of_memory = statistics.median(ratios), memory["functitan"] / memory["module"]
+    print(f"{'ratio':12}{ratio:14.3f}{of_memory:12.3f}   (at most 1.10 and 1.15)")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from functitan.models import llama
 
 def main() -> None:
     args = parse()
-    sizes = dict((dim, int(n)) for dim, n in (part.split("=") for part in args.mesh.split(",") if part))
+    sizes = {dim: int(n) for dim, n in (part.split("=") for part in args.mesh.split(",") if part)}
     if args.simulate:
         ft.simulate(**sizes)(train)(args)
     else:
@@ -57,7 +57,7 @@ def train(mesh, args) -> list[float]:
 
 
 def sample(params, config, encoding, args, mesh) -> str:
-    """`args.sample` tokens that follow a prompt. One example need not be divisible: the rules keep batch and seq whole."""
+    """`args.sample` tokens that follow a prompt. The rules keep batch and seq whole: one example is not divisible."""
     rules = llama.RULES.replace(batch=None, seq=None)
     forward = ft.spmd(partial(llama.apply, config=config), mesh=mesh, rules=rules)
     tokens = encoding.encode("def ")
@@ -80,8 +80,10 @@ def reporter(args, config, declared, mesh):
     out, console, started = Path(args.out), Console(), [time.perf_counter()]
     out.mkdir(parents=True, exist_ok=True)
     log = (out / "metrics.jsonl").open("w")
-    console.print(f"Llama {args.config}: {ft.metrics.num_params(declared) / 1e6:.1f} M parameters, mesh {args.mesh or 'none'}"
-                  f"{' (virtual)' if args.simulate else ''}, {args.batch} x {args.seq} tokens a step; writing to {out}/")  # fmt: skip
+    millions, where = ft.metrics.num_params(declared) / 1e6, f"mesh {args.mesh or 'none'}{' (virtual)' * args.simulate}"
+    print(
+        f"Llama {args.config}, {millions:.1f} M parameters, {where}, {args.batch} x {args.seq} tokens a step, to {out}/"
+    )
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     bar = Progress(*columns, console=console, disable=not console.is_terminal)
     task = bar.add_task("loss", total=args.steps)
@@ -92,17 +94,16 @@ def reporter(args, config, declared, mesh):
             bar.stop()
             log.close()
             plot(losses, out / "loss.png")
-            console.print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; curve in {out}/loss.png. A sample:")
-            console.print(text, markup=False, highlight=False)
+            print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; curve in {out}/loss.png. A sample:\n{text}")
             return
         now = time.perf_counter()
         speed = args.batch * args.seq / (now - started[0])
-        row = dict(step=len(losses), loss=losses[-1], tokens_per_second=round(speed), mfu=round(speed * flops / peak, 4),
-                   memory_mib=ft.metrics.memory_bytes() >> 20, cursor=tuple(cursor))  # fmt: skip
+        row = {"step": len(losses), "loss": losses[-1], "tokens_per_second": round(speed), "cursor": tuple(cursor)}
+        row |= {"mfu": round(speed * flops / peak, 4), "memory_mib": ft.metrics.memory_bytes() >> 20}
         started[0] = now
         log.write(json.dumps(row) + "\n")
         log.flush()
-        line = f"loss {row['loss']:.3f}  {row['tokens_per_second']} tokens/s  MFU {row['mfu']:.0%}  {row['memory_mib']} MiB"
+        line = f"loss {losses[-1]:.3f}  {speed:.0f} tokens/s  MFU {row['mfu']:.0%}  {row['memory_mib']} MiB"
         bar.update(task, advance=1, description=line)
         if not console.is_terminal and (len(losses) == 1 or len(losses) % 10 == 0):
             print(f"step {len(losses)}/{args.steps}  {line}", flush=True)

@@ -6,7 +6,7 @@ nothing else about a tensor's layout is stored anywhere.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 from functitan.errors import PatternError, report
@@ -21,7 +21,7 @@ class Signature(NamedTuple):
     results: tuple[Axes, ...]
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse_axes(pattern: str) -> Axes:
     """The axes of one tensor.
 
@@ -38,7 +38,7 @@ def parse_axes(pattern: str) -> Axes:
     return tuple(pattern.split())
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse_signature(pattern: str) -> Signature:
     """The axes of operands (before `->`) and results (after it), each list separated by commas.
 

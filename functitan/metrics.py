@@ -13,7 +13,6 @@ from collections.abc import Callable
 import torch
 
 from functitan import tree
-from functitan.param import Param
 
 
 def num_params(declarations: tree.Tree) -> int:
@@ -37,7 +36,9 @@ def flops_per_token(declarations: tree.Tree, num_layers: int, num_heads: int, he
     return 6 * matmul + 12 * num_layers * num_heads * head_dim * seq
 
 
-def measure_peak_flops(size: int = 1024, dtype: torch.dtype = torch.float32, device: str = "cpu", seconds: float = 0.3) -> float:
+def measure_peak_flops(
+    size: int = 1024, dtype: torch.dtype = torch.float32, device: str = "cpu", seconds: float = 0.3
+) -> float:
     """Operations per second of a plain matmul on this device: what MFU is measured against."""
     x = torch.randn(size, size, dtype=dtype, device=device)
     best = _timed(lambda: x @ x, device)

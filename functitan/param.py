@@ -36,12 +36,18 @@ class Param:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
-        problems = [] if len(parse_axes(self.pattern)) == len(self.shape) else [
-            f"pattern {self.pattern!r} names {len(parse_axes(self.pattern))} axes, the shape has {len(self.shape)}: {self.shape}"
+        names, problems = parse_axes(self.pattern), []
+        if len(names) != len(self.shape):
+            problems.append(
+                f"pattern {self.pattern!r} names {len(names)} axes, the shape has {len(self.shape)}: {self.shape}"
+            )
+        problems += [
+            f"size {n!r} is not a whole number of at least 1" for n in self.shape if not isinstance(n, int) or n < 1
         ]
-        problems += [f"size {n!r} is not a whole number of at least 1" for n in self.shape if not isinstance(n, int) or n < 1]
         if problems:
-            raise PatternError(report(f"Param({self.pattern!r}, {self.shape})", problems, "name each dimension once, in order"))
+            raise PatternError(
+                report(f"Param({self.pattern!r}, {self.shape})", problems, "name each dimension once, in order")
+            )
 
     def __repr__(self) -> str:
         dtype = "" if self.dtype == torch.float32 else f", dtype={self.dtype}"
@@ -55,7 +61,9 @@ def normal(std: float) -> Initializer:
 
 def uniform(low: float, high: float) -> Initializer:
     """Uniform values in [low, high)."""
-    return lambda key, param, block: random.uniform(key, param.shape, low=low, high=high, dtype=param.dtype, block=block)
+    return lambda key, param, block: random.uniform(
+        key, param.shape, low=low, high=high, dtype=param.dtype, block=block
+    )
 
 
 def constant(value: float) -> Initializer:

@@ -17,13 +17,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from functitan import random, tree
 from functitan.errors import FunctitanError, report
 from functitan.optim import ClipState, GradientTransformation, apply_updates
-from functitan.param import Param
 from functitan.sharding.context import as_mesh, current, spmd, using
 from functitan.sharding.init import init
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.rules import AxisRules
 from functitan.transforms.donate import check_donated, mark_donated
 from functitan.transforms.grad import value_and_grad
+
 
 @dataclass(frozen=True)
 class TrainState:
@@ -68,11 +68,12 @@ class TrainState:
 def train_step(
     loss_fn: Callable[..., Any], tx: GradientTransformation, donate: bool = True
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]:
-    """`step(state, batch) -> (state, metrics)` of `loss_fn(params, batch, key) -> (sum, count)` or `((sum, count), aux)`.
+    """`step(state, batch) -> (state, metrics)` of `loss_fn(params, batch, key) -> (sum, count)`.
 
-    Gradients are those of sum / count. `batch` holds this rank's shards (`ft.shard`). Metrics are tensors, equal on every
-    rank: "loss", "count", "grad_norm" where the optimizer clips by it, and "aux" where there is one. With `donate` the state's buffers are updated in place, and the
-    old state raises `DonatedError` if it is used again. Runs on the state's mesh unless called inside `ft.spmd`.
+    Gradients are those of sum / count; the function may give `((sum, count), aux)` too. `batch` holds this rank's
+    shards (`ft.shard`). Metrics are tensors, equal on every rank: "loss", "count", "grad_norm" where the optimizer
+    clips by it, and "aux" where there is one. With `donate` the state's buffers are updated in place, and the old state
+    raises `DonatedError` if it is used again. Runs on the state's mesh unless called inside `ft.spmd`.
 
     >>> import functitan as ft
     >>> def loss(params, batch, key):
@@ -118,14 +119,17 @@ def _split_loss(out: Any) -> tuple[tuple[Tensor, Any], Any]:
         pair, aux = (out, None) if isinstance(out[0], Tensor) else out
         if isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], Tensor) and pair[0].dim() == 0:
             return (pair[0], pair[1]), aux
-    fix = "return (sum, count), both scalars over the whole batch: (ft.reduce('batch seq ->', loss), tokens), or ((sum, count), aux)"
+    fix = (
+        "return (sum, count), scalars over the whole batch: (ft.reduce('batch seq ->', loss), tokens); or (those, aux)"
+    )
     raise FunctitanError(report("ft.train_step: the loss function", [f"it returned {_describe(out)}"], fix))
 
 
 def _norms(opt_state: Any) -> dict[str, Tensor]:
     """The gradient's norm, where a clip measured it."""
     states = opt_state if isinstance(opt_state, tuple) else (opt_state,)
-    return {"grad_norm": state.norm for state in states if isinstance(state, ClipState)}
+    norms = [state.norm for state in states if isinstance(state, ClipState)]
+    return {"grad_norm": norms[0]} if norms else {}
 
 
 def _describe(out: Any) -> str:
@@ -136,7 +140,9 @@ def _describe(out: Any) -> str:
 
 def _check_state(state: Any) -> None:
     if not isinstance(state, TrainState):
-        raise FunctitanError(report("ft.train_step", [f"state is a {type(state).__name__}"], "make one by ft.TrainState.create"))
+        raise FunctitanError(
+            report("ft.train_step", [f"state is a {type(state).__name__}"], "make one by ft.TrainState.create")
+        )
 
 
 def _renewed(old: tree.Tree, new: tree.Tree, step: Any) -> tree.Tree:

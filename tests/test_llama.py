@@ -16,7 +16,9 @@ from functitan.models import llama
 from functitan.nn.rope import RopeScaling
 
 TINY = llama.LlamaConfig(100, 32, 2, 4, 2, 8, 64, rope_theta=10000.0)
-SCALED = TINY._replace(rope_scaling=RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=16))
+SCALED = TINY._replace(
+    rope_scaling=RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=16)
+)
 
 
 def huggingface(config: llama.LlamaConfig, params: ft.tree.Tree) -> LlamaForCausalLM:
@@ -24,18 +26,28 @@ def huggingface(config: llama.LlamaConfig, params: ft.tree.Tree) -> LlamaForCaus
     scaling = config.rope_scaling
     rope: dict = {"rope_type": "default", "rope_theta": config.rope_theta}
     if scaling is not None:
-        rope = {
-            "rope_type": "llama3", "rope_theta": config.rope_theta, "factor": scaling.factor, "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor, "original_max_position_embeddings": scaling.original_context,
-        }  # fmt: skip
+        rope |= {"rope_type": "llama3", "factor": scaling.factor, "low_freq_factor": scaling.low_freq_factor}
+        rope |= {"high_freq_factor": scaling.high_freq_factor}
+        rope |= {"original_max_position_embeddings": scaling.original_context}
     model = LlamaForCausalLM(
         HFConfig(
-            vocab_size=config.vocab_size, hidden_size=config.embed, intermediate_size=config.mlp, num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads, num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim,
-            rms_norm_eps=config.norm_eps, rope_parameters=rope, tie_word_embeddings=config.tied, max_position_embeddings=64,
-        )  # fmt: skip
+            vocab_size=config.vocab_size,
+            hidden_size=config.embed,
+            intermediate_size=config.mlp,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            rms_norm_eps=config.norm_eps,
+            rope_parameters=rope,
+            tie_word_embeddings=config.tied,
+            max_position_embeddings=64,
+        )
     )
-    weights = {"model.embed_tokens.weight": params["embedding"][: config.vocab_size], "model.norm.weight": params["norm"]["scale"]}
+    weights = {
+        "model.embed_tokens.weight": params["embedding"][: config.vocab_size],
+        "model.norm.weight": params["norm"]["scale"],
+    }
     if not config.tied:
         weights["lm_head.weight"] = params["unembedding"][:, : config.vocab_size].T
     for i, p in enumerate(params["layers"]):
@@ -74,7 +86,10 @@ def test_llama_equals_huggingface(config):
     expected.backward()
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-4, atol=1e-4)
     named = dict(model.named_parameters())
-    pairs = [(grads["embedding"][: config.vocab_size], named["model.embed_tokens.weight"]), (grads["norm"]["scale"], named["model.norm.weight"])]
+    pairs = [
+        (grads["embedding"][: config.vocab_size], named["model.embed_tokens.weight"]),
+        (grads["norm"]["scale"], named["model.norm.weight"]),
+    ]
     for i, g in enumerate(grads["layers"]):
         at = f"model.layers.{i}."
         pairs.append((g["attention_norm"]["scale"], named[at + "input_layernorm.weight"]))
@@ -88,7 +103,7 @@ def test_llama_equals_huggingface(config):
 def test_block_on_tp_has_megatrons_collectives():
     config = TINY
     x = ft.Param("batch seq embed", (2, 16, config.embed))
-    fn = lambda p, x: ft.reduce("batch seq embed ->", llama.block(p, x, config))  # noqa: E731
+    fn = lambda p, x: ft.reduce("batch seq embed ->", llama.block(p, x, config))
     ledger = ft.explain(ft.grad(fn, argnums=(0, 1)), llama.block_params(config), x, mesh=dict(tp=2), rules=llama.RULES)
     count = Counter((e.phase, e.collective) for e in ledger if e.op in ("einsum", "attention"))
     assert count == {
@@ -112,8 +127,8 @@ def test_published_sizes(name, billions):
 
 
 def test_explain_of_8b_is_fast_and_follows_the_published_formulas():
-    """ZeRO-3: each matrix is gathered twice and its gradient scattered once over fsdp; Megatron with sequence
-    parallelism: four gathers and four scatters of the activations of a block, plus the two regathers for weight gradients."""
+    """ZeRO-3: each matrix is gathered twice over fsdp and its gradient scattered once. Megatron with sequence parallelism:
+    four gathers and four scatters of a block's activations over tp, and two regathers for weight gradients."""
     config, fsdp, tp, batch, seq = llama.LLAMA_8B, 64, 8, 64, 8192
     tx = ft.optim.chain(ft.optim.clip_by_global_norm(1.0), ft.optim.adamw(1e-3))
     state = ft.TrainState.declare(llama.params(config), tx, ft.random.key(0))
@@ -121,14 +136,21 @@ def test_explain_of_8b_is_fast_and_follows_the_published_formulas():
     step = ft.train_step(lambda p, b, key: llama.loss(p, b, config), tx)
     start = time.perf_counter()
     ledger = ft.explain(
-        step, state, {"tokens": tokens, "labels": tokens}, mesh=dict(fsdp=fsdp, tp=tp), rules=llama.RULES, patterns=(None, "batch seq")
+        step,
+        state,
+        {"tokens": tokens, "labels": tokens},
+        mesh=dict(fsdp=fsdp, tp=tp),
+        rules=llama.RULES,
+        patterns=(None, "batch seq"),
     )
     seconds = time.perf_counter() - start
 
     matrices = [p for p in ft.tree.leaves(llama.params(config)) if len(p.shape) > 1 and p.pattern != "vocab embed"]
     whole = sum(math.prod(p.shape) for p in matrices) * 4 // tp  # bytes of what one fsdp group shares, float32
-    over = lambda dims, collective, phase: sum(  # noqa: E731
-        e.bytes for e in ledger if e.mesh_dims == dims and e.collective == collective and e.phase == phase and e.op == "einsum"
+    over = lambda dims, collective, phase: sum(
+        e.bytes
+        for e in ledger
+        if e.mesh_dims == dims and e.collective == collective and e.phase == phase and e.op == "einsum"
     )
     for collective, phase in (("all_gather", "forward"), ("all_gather", "backward"), ("reduce_scatter", "backward")):
         assert over(("fsdp",), collective, phase) == whole * (fsdp - 1) // fsdp, (collective, phase)

@@ -22,7 +22,7 @@ X = "batch seq embed"
 def layers() -> dict:
     """name -> (declarations, function of (params, x), pattern of x)"""
     c = CONFIG
-    rotate = lambda _, x: rope.apply("batch seq heads head_dim", x, theta=100.0)  # noqa: E731
+    rotate = lambda _, x: rope.apply("batch seq heads head_dim", x, theta=100.0)
     return {
         "rms_norm": (rms_norm.params(c.embed), rms_norm.apply, X),
         "rope": ({}, rotate, "batch seq heads head_dim"),
@@ -51,7 +51,7 @@ def test_layers_are_the_same_function_under_every_table(name, mesh, rules, seed)
 
     def program(params, x, y):
         out = fn(params, x)
-        loss = lambda params, x: ft.reduce(f"{pattern} ->", fn(params, x) * y)  # noqa: E731
+        loss = lambda params, x: ft.reduce(f"{pattern} ->", fn(params, x) * y)
         return out, ft.grad(loss, argnums=(0, 1))(params, x)
 
     of_mesh = sharded(program, (declared, pattern, pattern), (pattern, (declared, pattern)), mesh=mesh, rules=rules)
@@ -78,10 +78,15 @@ def test_llama_loss_is_the_same_function_under_every_table(mesh, rules, tied):
 def test_dropout_masks_are_the_same_bits_on_every_mesh():
     x, key = torch.ones(8, 16), ft.random.key(5)
     expected = ft.dropout("batch embed", x, key, 0.3)
-    assert abs(expected.count_nonzero().item() / 128 - 0.7) < 0.2 and set(expected.unique().tolist()) <= {0.0, (x / 0.7)[0, 0].item()}
+    assert abs(expected.count_nonzero().item() / 128 - 0.7) < 0.2 and set(expected.unique().tolist()) <= {
+        0.0,
+        (x / 0.7)[0, 0].item(),
+    }
     for mesh in (dict(dp=2), dict(tp=4), dict(dp=2, tp=2)):
         rules = ft.AxisRules({"batch": "dp", "embed": "tp"})
-        run = sharded(lambda x: ft.dropout("batch embed", x, key, 0.3), ("batch embed",), "batch embed", mesh=mesh, rules=rules)
+        run = sharded(
+            lambda x: ft.dropout("batch embed", x, key, 0.3), ("batch embed",), "batch embed", mesh=mesh, rules=rules
+        )
         assert torch.equal(run(x), expected)
 
 
@@ -100,5 +105,7 @@ def test_positions_and_segments_separate_packed_documents():
     real = slice(0, CONFIG.vocab_size)
     assert_close(together[..., real], alone[..., real])
     for mesh in (dict(fsdp=2, tp=2), dict(cp=2), dict(cp=2, tp=2)):
-        run = sharded(packed, (declared, "batch seq", "batch seq", "batch seq"), "batch seq vocab", mesh=mesh, rules=llama.RULES)
+        run = sharded(
+            packed, (declared, "batch seq", "batch seq", "batch seq"), "batch seq vocab", mesh=mesh, rules=llama.RULES
+        )
         assert_close(run(params, tokens, marks % 8, marks // 8)[..., real], alone[..., real])

@@ -111,7 +111,9 @@ def test_per_example_gradients_of_fsdp_shards_say_what_to_do():
         per_example = ft.vmap(ft.grad(example_loss), in_dims=(None, 0, 0), axis="batch")
         ft.spmd(per_example, mesh=mesh, rules=llama.RULES)(params, data["tokens"], data["labels"])
 
-    with pytest.raises(ft.LayoutError, match=r"lies over \('fsdp',\), but(.|\n)*'batch'(.|\n)*reshard the parameters first"):
+    with pytest.raises(
+        ft.LayoutError, match=r"lies over \('fsdp',\), but(.|\n)*'batch'(.|\n)*reshard the parameters first"
+    ):
         ft.simulate(fsdp=2, tp=2)(rank)()
 
 
@@ -140,7 +142,14 @@ def test_explain_predicts_what_is_recorded():
     declared, batch = tiny()
     tx = ft.optim.chain(ft.optim.clip_by_global_norm(0.01), ft.optim.adamw(1e-3))
     step = ft.train_step(lambda params, batch, key: llama.loss(params, batch, TINY), tx)
-    for sizes in (dict(fsdp=2), dict(tp=2), dict(dp=2, fsdp=2), dict(fsdp=2, tp=2), dict(fsdp=2, cp=2), dict(cp=2, tp=2)):
+    for sizes in (
+        dict(fsdp=2),
+        dict(tp=2),
+        dict(dp=2, fsdp=2),
+        dict(fsdp=2, tp=2),
+        dict(fsdp=2, cp=2),
+        dict(cp=2, tp=2),
+    ):
 
         def rank(mesh):
             state = ft.TrainState.create(declared, tx, ft.random.key(0), mesh=mesh, rules=llama.RULES)
@@ -184,7 +193,7 @@ def test_a_donated_state_used_again_is_an_error():
 def test_without_donation_the_old_state_stays():
     declared, batch = tiny()
     tx = ft.optim.chain(ft.optim.clip_by_global_norm(0.1), ft.optim.adamw(1e-2))
-    loss = lambda params, batch, key: llama.loss(params, batch, TINY)  # noqa: E731
+    loss = lambda params, batch, key: llama.loss(params, batch, TINY)
     old = ft.TrainState.create(declared, tx, ft.random.key(0))
     before = [leaf.clone() for leaf in ft.tree.leaves(old)]
     first, _ = ft.train_step(loss, tx, donate=False)(old, batch)

@@ -15,8 +15,8 @@ from functitan import tree
 from functitan.nn import attention, rms_norm, swiglu
 from functitan.nn.rope import RopeScaling
 from functitan.ops.einsum import einsum
-from functitan.ops.loss import IGNORE, cross_entropy
 from functitan.ops.lookup import iota, take
+from functitan.ops.loss import IGNORE, cross_entropy
 from functitan.ops.reduce import reduce
 from functitan.param import Param, normal
 from functitan.sharding.rules import AxisRules

@@ -25,7 +25,9 @@ class RopeScaling(NamedTuple):
     original_context: int = 8192
 
 
-def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None, device: torch.device | None = None) -> Tensor:
+def frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | None = None, device: torch.device | None = None
+) -> Tensor:
     """The angle per position of each pair, float32 [head_dim / 2]: theta^(-2i / head_dim), scaled.
 
     Su et al., RoFormer, 2021; The Llama 3 Herd of Models, 2024, and its reference code.
@@ -45,16 +47,18 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None,
     return torch.where(wavelength > low, freqs / scaling.factor, torch.where(wavelength < high, freqs, between))
 
 
-def apply(pattern: str, x: Tensor, *, theta: float, scaling: RopeScaling | None = None, positions: Tensor | None = None) -> Tensor:
+def apply(
+    pattern: str, x: Tensor, *, theta: float, scaling: RopeScaling | None = None, positions: Tensor | None = None
+) -> Tensor:
     """Rotate the pairs (i, i + head_dim / 2) of each head by position: `"batch seq heads head_dim"`.
 
-    The last axes are positions, heads, head_dim. `positions` (int64, the pattern of x without its last two axes) replaces
-    the places in the sequence.
+    The last axes are positions, heads, head_dim. `positions` (int64, the pattern of x without its last two axes)
+    replaces the places in the sequence.
 
     >>> apply("seq heads head_dim", torch.ones(2, 1, 2), theta=10000.0)[1].flatten()
     tensor([-0.3012,  1.3818])
     """
-    *batch, seq, heads, head_dim = parse_axes(pattern)
+    *batch, seq, _, head_dim = parse_axes(pattern)
 
     def rotate(x: Tensor) -> Tensor:
         freqs = frequencies(x.shape[-1], theta, scaling, x.device)

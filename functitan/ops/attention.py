@@ -16,14 +16,15 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from functitan.axes import Axes, parse_axes, write_axes
 from functitan.errors import PatternError, report
-from functitan.ops.contraction import Type, contract, resolve
-from functitan.ops.function import needs_higher_derivatives
+from functitan.ops.contraction import Type, contract, lift, resolve
+from functitan.ops.function import hidden_axes, needs_higher_derivatives
 from functitan.sharding.collectives import Label
 from functitan.sharding.context import Env, current
 from functitan.sharding.layout import Layout, check_rank
 from functitan.sharding.contraction import Contraction, Term
 
 _REPLICA = "_replica"
+_MATH = "attention runs on SDPA's math backend: the fused kernels have neither a second derivative nor forward mode"
 
 
 def attention(
@@ -59,7 +60,7 @@ def attention(
     if env.mesh is None:
         _check_heads(pattern, q.shape[-2], k.shape[-2])
         mask = _mask(own, own, causal, q, 0, k.shape[-3])
-        return _sdpa(q, k, v, mask, causal and mask is None, scale)
+        return _sdpa(q, k, v, mask, causal and mask is None, scale, env)
     return _sharded(axes, kv_axes, q, k, v, own, causal, scale, env, label)
 
 
@@ -68,6 +69,10 @@ def _sharded(axes: Axes, kv_axes: Axes, q: Tensor, k: Tensor, v: Tensor, marks: 
     assert env.mesh is not None
     seq, heads, head_dim = axes[-3:]
     kv_heads = kv_axes[-2]
+    given = [q, k, v, *(x for x in marks if x is not None)]
+    every = tuple(sorted({hidden for x in given for hidden in hidden_axes(x, env)}))
+    q, k, v = (lift(its, x, every, env, label) for its, x in ((axes, q), (kv_axes, k), (kv_axes, v)))
+    marks = _Marks(*(None if x is None else lift(axes[:-2], x, every, env, label) for x in marks))
     (lq, lk), sizes = _layouts(axes, kv_axes, q, k, env, label)
     _check_heads(label.pattern, sizes[heads], sizes[kv_heads])
     work = Layout(lq.axes, tuple(() if axis == head_dim else lq.of(axis) for axis in lq.axes))
@@ -89,7 +94,7 @@ def _sharded(axes: Axes, kv_axes: Axes, q: Tensor, k: Tensor, v: Tensor, marks: 
     of_rows = _Marks(*(None if x is None else _to(marks_axes, x, rows, env, label) for x in marks))
     of_columns = _Marks(*(None if x is None else _to(marks_axes, x, columns, env, label) for x in marks))
     mask = _mask(of_rows, of_columns, causal, q, first, k.shape[-3], everywhere=bool(lq.of(seq)))
-    out = _sdpa(q, k, v, mask, causal and mask is None, scale)
+    out = _sdpa(q, k, v, mask, causal and mask is None, scale, env)
     typed = Contraction((Type(axes, layout=work),), (Type(axes),), (Term(0, (0,)),), ())  # type: ignore[arg-type]
     return contract(typed, (out,), env, label)[0]
 
@@ -144,12 +149,14 @@ def _mask(rows: _Marks, columns: _Marks, causal: bool, q: Tensor, first: int, le
     return None if seen is None else seen.unsqueeze(-3) if seen.dim() > 2 else seen
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None, env: Env) -> Tensor:
     q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
     grouped = q.shape[-3] != k.shape[-3]
-    if not needs_higher_derivatives():
+    if not needs_higher_derivatives(env):
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
         return out.transpose(-3, -2)
+    if env.ledger is not None and _MATH not in env.ledger.notes:
+        env.ledger.notes.append(_MATH)
     with sdpa_kernel(SDPBackend.MATH):  # the only backend with a second derivative and forward mode
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
     return out.transpose(-3, -2)

@@ -18,7 +18,20 @@ from torch.autograd import forward_ad
 from functitan.sharding.collectives import refuse_forward_mode
 from functitan.sharding.context import Env
 
-Levels = tuple[int, ...]  # the functorch levels of the vmaps that batch a tensor, outermost first
+
+class Hidden(NamedTuple):
+    """One axis of a tensor that a vmap hides: its level, its local size, its name if `ft.vmap` gave one.
+
+    `axis` is its name inside an op: its own, since the caller may see the rest of the same axis (a batch of one).
+    """
+
+    level: int
+    size: int
+    name: str | None
+    axis: str
+
+
+Hiddens = tuple[Hidden, ...]  # of one tensor, outermost first
 
 
 class Op(NamedTuple):
@@ -28,18 +41,26 @@ class Op(NamedTuple):
     run: Callable[..., tuple[Tensor, ...]]  # (call, *tensors) -> results
     vjp: Callable[..., tuple[Tensor | None, ...]]  # (call, tensors, results, cotangents, wanted) -> cotangents
     jvp: Callable[..., tuple[Tensor | None, ...]] | None  # (call, tensors, results, tangents) -> tangents
+    show: Callable[..., Any]  # (call, hidden, which operands, which results) -> static data where these show the axis
     saves_results: bool = False
     saves_operands: bool = True
 
 
 class Call(NamedTuple):
-    """One call of an op: its surroundings, its static data, and the levels of vmap still hidden in each tensor."""
+    """One call of an op: its surroundings, its static data, and the axes still hidden in each tensor."""
 
     op: Op
     env: Env
     static: Any
-    operands: tuple[Levels, ...]
-    results: tuple[Levels, ...]
+    operands: tuple[Hiddens, ...]
+    results: tuple[Hiddens, ...]
+
+    def shown(self, hidden: Hidden) -> Call:
+        """The call below one vmap: its axis stands first in the tensors that have it, and derivatives see it there."""
+        here = [tuple(hidden in own for own in tensors) for tensors in (self.operands, self.results)]
+        left = [tuple(tuple(h for h in own if h != hidden) for own in tensors) for tensors in (self.operands, self.results)]
+        env = self.env._replace(vmap_axes=tuple(pair for pair in self.env.vmap_axes if pair[0] != hidden.level))
+        return Call(self.op, env, self.op.show(self, hidden, *here), *left)
 
     def transposed(self) -> Env:
         """The surroundings of the ops that its vjp calls."""
@@ -53,21 +74,11 @@ def apply(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
     return _NamedOp.apply(call, *tensors)
 
 
-class Hidden(NamedTuple):
-    """One axis of a tensor that a vmap hides: its level, its local size, and its name if `ft.vmap` gave one."""
+def hidden_axes(x: Tensor, env: Env, shown: frozenset[str] = frozenset()) -> Hiddens:
+    """The axes that vmaps hide in a tensor, outermost first; an axis of `torch.func.vmap` has no name, and no rule.
 
-    level: int
-    size: int
-    name: str | None
-
-    @property
-    def axis(self) -> str:
-        """Its name inside an op: its own, since the caller may see the rest of the same axis (a batch of one)."""
-        return f"_vmap{self.level}"
-
-
-def hidden_axes(x: Tensor, env: Env) -> tuple[Hidden, ...]:
-    """The axes that vmaps hide in a tensor, outermost first; an axis of `torch.func.vmap` has no name, and no rule."""
+    Their names inside the op are none of `shown`: the backward of an earlier vmap of the same level shows its axis.
+    """
     if not transforms_active():
         return ()
     names, found = dict(env.vmap_axes), []
@@ -75,11 +86,37 @@ def hidden_axes(x: Tensor, env: Env) -> tuple[Hidden, ...]:
         if functorch.is_batchedtensor(x):
             level, place = functorch.maybe_get_level(x), functorch.maybe_get_bdim(x)
             x = functorch.get_unwrapped(x)
-            found.append(Hidden(level, x.shape[place], names.get(level)))
+            found.append(_hidden(level, x.shape[place], names.get(level), shown))
         elif functorch.is_gradtrackingtensor(x):
             x = functorch.get_unwrapped(x)
         else:
             return tuple(reversed(found))
+
+
+def vmaps_around(env: Env) -> Hiddens:
+    """The axes of each `ft.vmap` around the caller, outermost first: those of a tensor that all of them batch."""
+    names = dict(env.vmap_axes)
+    alive = [level for level in functorch.get_interpreter_stack() or () if level.key() == functorch.TransformType.Vmap]
+    return tuple(
+        _hidden(level.level(), functorch.CVmapInterpreterPtr(level).batchSize(), names[level.level()])
+        for level in alive
+        if level.level() in names
+    )
+
+
+def ones_of(hidden: Hidden, like: Tensor) -> Tensor:
+    """A scalar 1 for each position of a hidden axis: a product with it has the axis."""
+    ones = torch.ones(hidden.size, dtype=like.dtype, device=like.device)
+    while functorch.is_functorch_wrapped_tensor(ones):  # by transforms further in than this axis
+        ones = functorch.get_unwrapped(ones)
+    return functorch._add_batch_dim(ones, 0, hidden.level)
+
+
+def _hidden(level: int, size: int, name: str | None, shown: frozenset[str] = frozenset()) -> Hidden:
+    axis = f"_vmap{level}"
+    while axis in shown:
+        axis += "_"
+    return Hidden(level, size, name, axis)
 
 
 def transforms_active() -> bool:
@@ -87,11 +124,11 @@ def transforms_active() -> bool:
     return functorch.peek_interpreter_stack() is not None
 
 
-def needs_higher_derivatives() -> bool:
+def needs_higher_derivatives(env: Env) -> bool:
     """True where a kernel with no more than a first reverse derivative would fail: nested transforms, forward mode."""
     stack = functorch.get_interpreter_stack() or []
     reverse = sum(level.key() == functorch.TransformType.Grad for level in stack)
-    return reverse > 1 or len(stack) > reverse or forward_ad._current_level >= 0
+    return reverse + env.differentiated > 1 or len(stack) > reverse or forward_ad._current_level >= 0
 
 
 def current_level() -> int:
@@ -134,17 +171,12 @@ class _NamedOp(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], call: Call, *tensors: Tensor) -> Any:  # type: ignore[override]
         batched = [i for i, place in enumerate(in_dims[1:]) if place is not None]
-        level = call.operands[batched[0]][-1]
-        assert all(call.operands[i][-1] == level for i in batched)
+        hidden = call.operands[batched[0]][-1]
+        assert all(call.operands[i][-1] == hidden for i in batched)
         moved = [x if place is None else x.movedim(place, 0) for x, place in zip(tensors, in_dims[1:], strict=True)]
-        inner = call._replace(operands=_without(level, call.operands), results=_without(level, call.results))
-        return _NamedOp.apply(inner, *moved), tuple(0 if level in levels else None for levels in call.results)
+        return _NamedOp.apply(call.shown(hidden), *moved), tuple(0 if hidden in own else None for own in call.results)
 
 
 def _saved(ctx: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     split = ctx.num_operands if ctx.call.op.saves_operands else 0
     return ctx.saved_tensors[:split], ctx.saved_tensors[split:]
-
-
-def _without(level: int, tensors: tuple[Levels, ...]) -> tuple[Levels, ...]:
-    return tuple(tuple(other for other in levels if other != level) for levels in tensors)

@@ -18,10 +18,13 @@ FACTOR = 16  # a choice that moves more than this times the cheapest one's eleme
 
 
 class Fixed(NamedTuple):
-    """Choices that are not the planner's: the axis of some mesh dims (a table never moves), and axes no other dim splits."""
+    """Choices that are not the planner's: the axis of some mesh dims (a table never moves), and axes barred to others."""
 
     splits: tuple[tuple[str, str], ...] = ()
     barred: tuple[str, ...] = ()
+
+
+FREE = Fixed()
 
 
 class _Move(NamedTuple):
@@ -78,8 +81,8 @@ def _choose(
 ) -> tuple[str | None, ...]:
     """The axis of each term for one mesh dim.
 
-    Each term takes its best option given what the others pay for, until nothing changes; this is begun once with nothing
-    paid, and once with each move that several terms could share, and the best end is taken.
+    Each term takes its best option given what the others pay for, until nothing changes; this is begun once with
+    nothing paid, and once with each move that several terms could share, and the best end is taken.
     """
     options = [_options(dim, t, contraction, sizes, mesh, fixed, banned) for t in range(len(contraction.terms))]
     seen = [move for own in options for move in sorted({m for o in own for m in o.moves}, key=str)]

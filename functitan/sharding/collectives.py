@@ -32,7 +32,9 @@ class Label(NamedTuple):
 # --- the steps of a plan --------------------------------------------------------------------------------------------
 
 
-def run_step(x: Tensor, step: Step, env: Env, label: Label, op: str = "sum", dtype: torch.dtype | None = None) -> Tensor:
+def run_step(
+    x: Tensor, step: Step, env: Env, label: Label, op: str = "sum", dtype: torch.dtype | None = None
+) -> Tensor:
     """One step of a plan on this rank's tensor. `dtype` is the one to reduce in, where the step reduces."""
     if step.kind == "all_reduce":
         return _reduced(x, step, env, label, op, dtype)
@@ -141,7 +143,7 @@ def all_reduce(x: Tensor, dims: str | Dims, op: str = "sum", dtype: torch.dtype 
 
 
 def all_to_all(x: Tensor, dims: str | Dims, split: int, join: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Cut along axis `split`, one part to each rank, and join what comes along `join`. Transpose: `split`, `join` swapped."""
+    """Cut along axis `split`, a part to each rank, and join what comes along `join`. Transpose: the two swapped."""
     return _call("all_to_all", x, dims, (split, join), dtype)
 
 
@@ -168,7 +170,9 @@ class _Linear(NamedTuple):
 
     def batched(self) -> _Linear:
         """The same map with one more axis in front."""
-        return self if self.kind in ("all_reduce", "permute") else self._replace(places=tuple(p + 1 for p in self.places))
+        return (
+            self if self.kind in ("all_reduce", "permute") else self._replace(places=tuple(p + 1 for p in self.places))
+        )
 
     def run(self, x: Tensor) -> Tensor:
         mesh, label = self.env.mesh, Label(self.kind, "")
@@ -212,22 +216,28 @@ class _Collective(torch.autograd.Function):
 
 
 def refuse_forward_mode(mesh: Mesh | None, what: str) -> None:
-    """Raise `MeshError` on a virtual mesh: torch's forward-AD levels are shared by threads, the numbers would be wrong."""
+    """Raise `MeshError` on a virtual mesh: threads share torch's forward-AD levels, the numbers would be wrong."""
     if mesh is not None and mesh.transport.name == "virtual":
         problem = "torch's forward mode is not thread-safe, and a virtual mesh is threads: its numbers would be wrong"
-        raise MeshError(report(f"jvp of {what}", [problem], "use ft.jvp or ft.hvp, which take two vjps here, or processes"))
+        raise MeshError(
+            report(f"jvp of {what}", [problem], "use ft.jvp or ft.hvp, which take two vjps here, or processes")
+        )
 
 
 def _call(kind: str, x: Tensor, dims: str | Dims, places: tuple[Any, ...], dtype: torch.dtype | None) -> Tensor:
     env, dims = current(), (dims,) if isinstance(dims, str) else tuple(dims)
     if env.mesh is None:
-        raise MeshError(report(f"{kind} over {dims}", ["there is no mesh"], "call it inside ft.spmd(fn, mesh=, rules=)"))
+        raise MeshError(
+            report(f"{kind} over {dims}", ["there is no mesh"], "call it inside ft.spmd(fn, mesh=, rules=)")
+        )
     sizes = env.mesh.sizes
     problems = [complaint for dim in dims if (complaint := check_dim(dim, sizes))]
     if len(set(dims)) < len(dims):
         problems.append(f"a mesh dim stands twice in {dims}")
     if kind not in ("all_reduce", "permute"):
-        problems += [f"the tensor has no axis {p}: its shape is {tuple(x.shape)}" for p in places if not -x.dim() <= p < x.dim()]
+        problems += [
+            f"the tensor has no axis {p}: its shape is {tuple(x.shape)}" for p in places if not -x.dim() <= p < x.dim()
+        ]
         places = tuple(p % max(x.dim(), 1) for p in places)
     if kind in ("reduce_scatter", "all_to_all") and not problems and x.shape[places[0]] % sizes.size(dims):
         problems.append(f"axis {places[0]} of size {x.shape[places[0]]} is not divisible by {sizes.size(dims)} ranks")

@@ -31,6 +31,7 @@ class Env(NamedTuple):
     recomputed: bool = False
     vmap_axes: tuple[tuple[int, str], ...] = ()  # (functorch level, name) of each `ft.vmap` around the op
     ledger: Ledger | None = None
+    differentiated: bool = False  # by plain autograd, which torch.func's own stack does not show
 
     def layout(self, axes: tuple[str, ...]) -> Layout:
         """The layout of a pattern here; only where there is a mesh."""
@@ -64,7 +65,9 @@ def using(env: Env) -> Iterator[Env]:
         _CURRENT.reset(token)
 
 
-def spmd(fn: Callable[..., Any], *, mesh: Mesh | DeviceMesh | None, rules: AxisRules | None = None) -> Callable[..., Any]:
+def spmd(
+    fn: Callable[..., Any], *, mesh: Mesh | DeviceMesh | None, rules: AxisRules | None = None
+) -> Callable[..., Any]:
     """A function that runs `fn` where named ops know the mesh and the rules.
 
     Tensors are local shards: `ft.shard` makes them from global values, `ft.init` from declarations. Without a mesh the
@@ -73,8 +76,9 @@ def spmd(fn: Callable[..., Any], *, mesh: Mesh | DeviceMesh | None, rules: AxisR
     >>> import torch, functitan as ft
     >>> rules = ft.AxisRules({"batch": "dp", "embed": None})
     >>> def mean(mesh, x):
+    ...     x = ft.shard(x, "batch embed", mesh=mesh, rules=rules)
     ...     return ft.spmd(lambda x: ft.reduce("batch embed ->", x, op="mean"), mesh=mesh, rules=rules)(x)
-    >>> ft.simulate(dp=2)(lambda mesh, x: mean(mesh, x[mesh.rank * 2 : mesh.rank * 2 + 2]))(torch.arange(8.0).view(4, 2))
+    >>> ft.simulate(dp=2)(mean)(torch.arange(8.0).view(4, 2))
     [tensor(3.5000), tensor(3.5000)]
     """
     known = as_mesh(mesh)
@@ -111,4 +115,6 @@ def as_mesh(mesh: Mesh | DeviceMesh | None) -> Mesh | None:
     if isinstance(mesh, DeviceMesh):
         return mesh_of(mesh)
     problem = f"{mesh!r} is a {type(mesh).__name__}"
-    raise MeshError(report("mesh", [problem], "make one by ft.make_mesh(fsdp=2, tp=2), or run under ft.simulate(fsdp=2, tp=2)"))
+    raise MeshError(
+        report("mesh", [problem], "make one by ft.make_mesh(fsdp=2, tp=2), or run under ft.simulate(fsdp=2, tp=2)")
+    )

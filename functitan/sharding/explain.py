@@ -44,7 +44,8 @@ def explain(
     >>> import functitan as ft
     >>> matmul = lambda x, w: ft.einsum("batch embed, embed mlp -> batch mlp", x, w)
     >>> rules = ft.AxisRules({"batch": "fsdp", "mlp": None, "embed": "fsdp"})
-    >>> ledger = explain(matmul, Param("batch embed", (64, 256)), Param("embed mlp", (256, 512)), mesh=dict(fsdp=4), rules=rules)
+    >>> args = Param("batch embed", (64, 256)), Param("embed mlp", (256, 512))
+    >>> ledger = explain(matmul, *args, mesh=dict(fsdp=4), rules=rules)
     >>> [(entry.collective, entry.mesh_dims, entry.bytes) for entry in ledger]
     [('all_gather', ('fsdp',), 393216)]
     """
@@ -52,9 +53,16 @@ def explain(
     if not isinstance(rules, AxisRules):
         raise MeshError(report("ft.explain", [f"rules is {rules!r}"], "give a table: rules=ft.AxisRules({...})"))
     check_rules(rules, sizes)
-    given = patterns if isinstance(patterns, tuple) and len(patterns) == len(args) else (patterns,) * len(args)
+    given = (
+        tuple(patterns)
+        if isinstance(patterns, (tuple, list)) and len(patterns) == len(args)
+        else (patterns,) * len(args)
+    )
     leaves, structure = tree.flatten(args)
-    axes = [_axes(leaf, pattern) for leaf, pattern in zip(leaves, tree.broadcast_prefix(given, args, "ft.explain"), strict=True)]
+    axes = [
+        _axes(leaf, pattern)
+        for leaf, pattern in zip(leaves, tree.broadcast_prefix(given, args, "ft.explain"), strict=True)
+    ]
     _check(tree.paths(args), leaves, axes, rules, sizes)
     ledger = Ledger(f"one call on {dict(zip(sizes.dims, sizes.sizes, strict=True))}, rank 0")
     env = Env(Mesh(sizes, (0,) * len(sizes.dims), _transport(sizes)), rules, ledger=ledger)

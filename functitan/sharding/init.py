@@ -32,7 +32,11 @@ def init(
     """
     known = as_mesh(mesh)
     paths, leaves = tree.paths(declarations), tree.leaves(declarations)
-    bad = [f"{path} is a {type(leaf).__name__}, not a Param" for path, leaf in zip(paths, leaves, strict=True) if not isinstance(leaf, Param)]
+    bad = [
+        f"{path} is a {type(leaf).__name__}, not a Param"
+        for path, leaf in zip(paths, leaves, strict=True)
+        if not isinstance(leaf, Param)
+    ]
     if bad:
         raise FunctitanError(report("ft.init", bad, "declare each parameter as ft.Param('embed mlp', (256, 768))"))
     if known is None:
@@ -40,14 +44,19 @@ def init(
     if not isinstance(rules, AxisRules):
         raise MeshError(report("ft.init", [f"rules is {rules!r}"], "give a table: rules=ft.AxisRules({...})"))
     layouts = [layout_of(parse_axes(param.pattern), rules, known.sizes) for param in leaves]
-    bad = [line for path, param, layout in zip(paths, leaves, layouts, strict=True)
-           for line in divisibility(layout, param.shape, known.sizes, path)]
+    bad = [
+        line
+        for path, param, layout in zip(paths, leaves, layouts, strict=True)
+        for line in divisibility(layout, param.shape, known.sizes, path)
+    ]
     if bad:
         raise LayoutError(report("ft.init", bad, "change the sizes, the mesh, or the rules of those axes"))
     return tree.unflatten(
         tree.flatten(declarations)[1],
         [
-            param.init(random.fold_in(key, path), param, block_of(layout, param.shape, known) if any(layout.dims) else None)
+            param.init(
+                random.fold_in(key, path), param, block_of(layout, param.shape, known) if any(layout.dims) else None
+            )
             for path, param, layout in zip(paths, leaves, layouts, strict=True)
         ],
     )

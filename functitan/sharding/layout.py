@@ -7,7 +7,7 @@ contiguous, ordered by its mesh dims, outermost first.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 from functitan.axes import Axes, write_axes
@@ -31,7 +31,7 @@ class Layout(NamedTuple):
         return next((axis for axis, dims in zip(self.axes, self.dims, strict=True) if dim in dims), None)
 
 
-@lru_cache(maxsize=None)
+@cache
 def layout_of(axes: Axes, rules: AxisRules, mesh: MeshSizes) -> Layout:
     """The layout that the table gives to a pattern.
 

@@ -68,16 +68,25 @@ class Ledger:
         widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
         right = {3, 5}
         lines = [
-            "  ".join(cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+            "  ".join(
+                cell.rjust(w) if i in right else cell.ljust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
             for row in rows
         ]
         rule = "-" * min(120, max(map(len, lines)))
-        return "\n".join(line.rstrip() for line in [*([self.title] if self.title else []), lines[0], rule, *lines[1:], rule, *self._sums()])
+        return "\n".join(
+            line.rstrip()
+            for line in [*([self.title] if self.title else []), lines[0], rule, *lines[1:], rule, *self._sums()]
+        )
 
     def _sums(self) -> list[str]:
         dims = sorted({dim for entry in self.entries for dim in entry.mesh_dims})
         over = ", ".join(f"{dim} {_size(self.total_bytes(dim))}" for dim in dims)
-        lines = [f"{len(self.entries)} collectives, {_size(self.total_bytes())} sent by each rank" + (f" ({over})" if over else "")]
+        lines = [
+            f"{len(self.entries)} collectives, {_size(self.total_bytes())} sent by each rank"
+            + (f" ({over})" if over else "")
+        ]
         if self.argument_bytes is not None:
             lines.append(f"arguments {_size(self.argument_bytes)} on each rank")
         if self.peak_bytes is not None:

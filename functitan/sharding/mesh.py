@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 from functitan.errors import MeshError, nearest, report
@@ -114,8 +114,8 @@ def infer_sizes(sizes: Mapping[str, int], world: int) -> MeshSizes:
             report(
                 f"mesh {dict(sizes)!r}",
                 [f"its sizes multiply to {product}{' times -1' if open_dims else ''}, but there are {world} processes"],
-                f"start {product} processes (torchrun --nproc-per-node={product}, ft.launch), choose sizes whose product "
-                f"is {world}, or run on threads with ft.simulate",
+                f"start {product} processes (torchrun --nproc-per-node={product}, ft.launch), choose sizes whose "
+                f"product is {world}, or run on threads with ft.simulate",
             )
         )
     return mesh_sizes(whole)
@@ -128,7 +128,7 @@ def check_dim(dim: str, mesh: MeshSizes) -> str:
     return f"unknown mesh dim {dim!r}{nearest(dim, {*mesh.dims, *STANDARD_DIMS})}; this mesh has {list(mesh.dims)}"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _size(mesh: MeshSizes, dims: tuple[str, ...]) -> int:
     sizes = dict(zip(mesh.dims, mesh.sizes, strict=True))
     return math.prod(sizes.get(dim, 1) for dim in dims)

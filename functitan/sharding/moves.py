@@ -52,7 +52,7 @@ def result_steps(layout: Layout, splits: Splits, frames: Frames, mesh: MeshSizes
 
 def _orders(layout: Layout, frames: Frames) -> tuple[Frames, list[str]]:
     """The order of each axis's shards outside the local work (the frame where it begins so), and the framed axes."""
-    own = {axis: dims for axis, dims in zip(layout.axes, layout.dims, strict=True)}
+    own = dict(zip(layout.axes, layout.dims, strict=True))
     inner = [axis for axis in layout.axes if axis in frames]
     return {**own, **{axis: frames[axis] for axis in inner if frames[axis][: len(own[axis])] == own[axis]}}, inner
 

@@ -6,10 +6,10 @@ Everything named is planned here: einsum, sums, broadcasts, lookups, moves, and 
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
-from functitan.sharding.choice import Fixed, choose
+from functitan.sharding.choice import FREE, Fixed, choose
 from functitan.sharding.contraction import Contraction
 from functitan.sharding.mesh import MeshSizes
 from functitan.sharding.moves import Step, operand_steps, result_steps
@@ -54,8 +54,8 @@ class Plan(NamedTuple):
         return steps
 
 
-@lru_cache(maxsize=None)
-def plan(contraction: Contraction, mesh: MeshSizes, fixed: Fixed = Fixed()) -> Plan:
+@cache
+def plan(contraction: Contraction, mesh: MeshSizes, fixed: Fixed = FREE) -> Plan:
     """Choose how every mesh dim splits every term, then emit the moves of operands and results.
 
     Operands that go to the same place move once; terms of one result that end alike are added before they move.

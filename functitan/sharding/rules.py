@@ -7,7 +7,7 @@ anew.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from functools import cache
 
 from functitan.errors import RulesError, nearest, report
 from functitan.sharding.mesh import MeshSizes, check_dim
@@ -66,7 +66,7 @@ class AxisRules:
         return f"AxisRules({short!r})"
 
 
-@lru_cache(maxsize=None)
+@cache
 def check_rules(rules: AxisRules, mesh: MeshSizes) -> None:
     """Raise `RulesError` if the table names a mesh dim that neither this mesh nor the standard has."""
     problems = [

@@ -131,7 +131,7 @@ def _transport(table: _Table, sizes: MeshSizes, coordinate: tuple[int, ...]) -> 
         strides.insert(0, strides[0] * n)
     me = sum(c * s for c, s in zip(coordinate, strides, strict=True))
 
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def members(dims: Dims) -> tuple[int, ...]:
         places = [sizes.dims.index(dim) for dim in dims]
         base = me - sum(coordinate[p] * strides[p] for p in places)
@@ -180,7 +180,10 @@ def _disagree(there: dict[int, tuple[Any, Any]]) -> str:
 def _missing(rank: int, group: tuple, there: dict, program: tuple, table: _Table, done: bool) -> str:
     absent = sorted(set(group) - set(there))
     if table.errors:
-        why = [f"rank {r} failed: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}" for r, e in table.errors[:1]]
+        why = [
+            f"rank {r} failed: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+            for r, e in table.errors[:1]
+        ]
     elif done:
         why = [f"rank {r} left without joining" for r in absent if r in table.left]
     else:
@@ -190,4 +193,6 @@ def _missing(rank: int, group: tuple, there: dict, program: tuple, table: _Table
 
 def _program(program: tuple) -> str:
     kind, dims, shape, dtype, *note = program
-    return f"{kind} over {'·'.join(dims)} of {dtype.removeprefix('torch.')}{list(shape)} for {' '.join(map(repr, note))}"
+    return (
+        f"{kind} over {'·'.join(dims)} of {dtype.removeprefix('torch.')}{list(shape)} for {' '.join(map(repr, note))}"
+    )

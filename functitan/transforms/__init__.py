@@ -1,1 +1,1 @@
-"""Wrappers from function to function: derivatives, batches, later remat, precision, float8, async TP and compilation."""
+"""Wrappers from function to function: derivatives, batches, donation."""

@@ -47,7 +47,9 @@ def check_donated(value: tree.Tree, what: str) -> None:
                 problems.append(f"{path} and {twin} share a buffer: a donated buffer stands once")
     if problems:
         fix = "use the state that the step returned, clone what you keep, or make the step with donate=False"
-        raise DonatedError(report(what, problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else []), fix))
+        raise DonatedError(
+            report(what, problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else []), fix)
+        )
 
 
 def _overlap(leaf: Tensor, value: Any, twin: str) -> bool:
@@ -59,7 +61,9 @@ def _overlap(leaf: Tensor, value: Any, twin: str) -> bool:
 
 def _range(x: Tensor) -> tuple[int, int]:
     start = x.storage_offset()
-    return start * x.element_size(), (start + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) + 1) * x.element_size()
+    return start * x.element_size(), (
+        start + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) + 1
+    ) * x.element_size()
 
 
 def _is_fake(x: Tensor) -> bool:

@@ -15,13 +15,13 @@ from torch import Tensor
 from functitan import tree
 from functitan.errors import FunctitanError, report
 from functitan.ops.function import transforms_active
-from functitan.sharding.context import current
+from functitan.sharding.context import current, using
 
 Argnums = int | Sequence[int]
 
 
 def value_and_grad(fn: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) -> Callable[..., Any]:
-    """A function that gives (value, gradients) of a scalar function, as in JAX; with `has_aux`, ((value, aux), gradients).
+    """A function that gives (value, gradients) of a scalar function, as in JAX; ((value, aux), gradients) if `has_aux`.
 
     Gradients have the structure of the arguments `argnums`, whose leaves are floating-point tensors. They are sharded
     as the arguments are. Raises `FunctitanError` for leaves without a derivative and for a value that is no scalar.
@@ -42,7 +42,10 @@ def value_and_grad(fn: Callable[..., Any], argnums: Argnums = 0, has_aux: bool =
             _check_value(value, has_aux)
             return value, aux
 
-        value, aux, grads = _nested(flat, leaves) if transforms_active() else _outermost(flat, leaves)
+        env, outside = current(), torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
+        nested = transforms_active() or env.differentiated or outside  # these gradients will be differentiated again
+        with using(env._replace(differentiated=env.differentiated or outside or not nested)):
+            value, aux, grads = _nested(flat, leaves) if nested else _outermost(flat, leaves)
         grads = tree.unflatten(structure, grads)
         return ((value, aux) if has_aux else value), (grads[0] if isinstance(argnums, int) else grads)
 
@@ -172,6 +175,8 @@ def _kind(leaf: Any) -> str:
 
 def _check_value(value: Any, has_aux: bool) -> None:
     if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
-        shape = f"of shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else repr(type(value).__name__)
+        shape = (
+            f"of shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else repr(type(value).__name__)
+        )
         fix = "return a scalar: ft.reduce('batch ->', loss)" + ("" if has_aux else "; has_aux=True for (value, aux)")
         raise FunctitanError(report("ft.value_and_grad", [f"the function's value is {shape}, not a scalar"], fix))

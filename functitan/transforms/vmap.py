@@ -32,11 +32,17 @@ def vmap(fn: Callable[..., Any], in_dims: Any = 0, *, axis: str, out_dims: int =
         raise FunctitanError(report("ft.vmap", [f"axis={axis!r} is not one axis name"], "write axis='batch'"))
 
     def batched(*args: Any) -> Any:
-        places = tree.broadcast_prefix(in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(args), tuple(args), "ft.vmap in_dims")
+        places = tree.broadcast_prefix(
+            in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(args), tuple(args), "ft.vmap in_dims"
+        )
         leaves, structure = tree.flatten(tuple(args))
         if all(place is None for place in places):
             raise FunctitanError(report("ft.vmap", ["every in_dims is None"], "at least one argument has the axis"))
-        sizes = {path: x.shape[place] for path, x, place in zip(tree.paths(tuple(args)), leaves, places, strict=True) if place is not None}
+        sizes = {
+            path: x.shape[place]
+            for path, x, place in zip(tree.paths(tuple(args)), leaves, places, strict=True)
+            if place is not None
+        }
         if len(set(sizes.values())) > 1:
             problems = [f"argument {path}: {size} on this rank" for path, size in sizes.items()]
             raise FunctitanError(report(f"ft.vmap over {axis!r}: its local size differs", problems, _FIX_SIZES))
