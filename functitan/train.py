@@ -29,8 +29,8 @@ from functitan.transforms.grad import value_and_grad
 class TrainState:
     """Parameters, optimizer state, step and key: one tree of this rank's shards. Static: declarations, mesh and rules.
 
-    >>> from functitan import optim
-    >>> state = TrainState.create({"w": Param("embed mlp", (2, 3))}, optim.sgd(0.1), random.key(0))
+    >>> import functitan as ft
+    >>> state = TrainState.create({"w": ft.Param("embed mlp", (2, 3))}, ft.optim.sgd(0.1), ft.random.key(0))
     >>> state.params["w"].shape, int(state.step)
     (torch.Size([2, 3]), 0)
     """
@@ -170,5 +170,5 @@ tree.register(
         (_Static(state.declarations), state.mesh, state.rules),
         ("params", "opt_state", "step", "key"),
     ),
-    lambda static, children: TrainState(*children, static[0].tree, *static[1:]),
+    lambda static, children: TrainState(*children, static[0].tree, static[1], static[2]),
 )

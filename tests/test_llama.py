@@ -127,7 +127,7 @@ def test_published_sizes(name, billions):
 
 
 def test_explain_of_8b_is_fast_and_follows_the_published_formulas():
-    """ZeRO-3: each matrix is gathered twice over fsdp and its gradient scattered once. Megatron with sequence parallelism:
+    """ZeRO-3: each matrix is gathered twice over fsdp, its gradient scattered once. Megatron with sequence parallelism:
     four gathers and four scatters of a block's activations over tp, and two regathers for weight gradients."""
     config, fsdp, tp, batch, seq = llama.LLAMA_8B, 64, 8, 64, 8192
     tx = ft.optim.chain(ft.optim.clip_by_global_norm(1.0), ft.optim.adamw(1e-3))

@@ -18,7 +18,7 @@ FACTOR = 16  # a choice that moves more than this times the cheapest one's eleme
 
 
 class Fixed(NamedTuple):
-    """Choices that are not the planner's: the axis of some mesh dims (a table never moves), and axes barred to others."""
+    """Choices that are not the planner's: the axis of some mesh dims (a table never moves), and barred axes."""
 
     splits: tuple[tuple[str, str], ...] = ()
     barred: tuple[str, ...] = ()

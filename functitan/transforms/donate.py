@@ -60,10 +60,10 @@ def _overlap(leaf: Tensor, value: Any, twin: str) -> bool:
 
 
 def _range(x: Tensor) -> tuple[int, int]:
-    start = x.storage_offset()
-    return start * x.element_size(), (
-        start + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) + 1
-    ) * x.element_size()
+    """First byte of its storage that a tensor uses, and the one after its last."""
+    first = int(x.storage_offset())
+    last = first + sum((int(n) - 1) * int(s) for n, s in zip(x.shape, x.stride(), strict=True))
+    return first * x.element_size(), (last + 1) * x.element_size()
 
 
 def _is_fake(x: Tensor) -> bool:

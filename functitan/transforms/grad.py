@@ -92,7 +92,7 @@ def jvp(fn: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any])
     if mesh is not None and mesh.transport.name == "virtual":
         values, moved = _double_vjp(flat, leaves, directions)
     else:
-        values, moved = torch.func.jvp(flat, tuple(leaves), tuple(directions))
+        values, moved = torch.func.jvp(flat, tuple(leaves), tuple(directions))[:2]
     return tree.unflatten(shapes[0], values), tree.unflatten(shapes[0], moved)
 
 
@@ -113,7 +113,7 @@ def hvp(fn: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any])
     def gradient(*values: Tensor) -> tuple[Tensor, ...]:
         return tuple(tree.leaves(grad(fn)(tree.unflatten(structure, values), *primals[1:])))
 
-    _, back = torch.func.vjp(gradient, *leaves)  # the Hessian is symmetric: its transpose times v is it times v
+    back = torch.func.vjp(gradient, *leaves)[1]  # the Hessian is symmetric: its transpose times v is it times v
     return tree.unflatten(structure, back(tuple(directions)))
 
 
@@ -149,7 +149,7 @@ def _double_vjp(flat: Callable[..., Any], leaves: list[Tensor], directions: list
         return torch.func.vjp(flat, *leaves)[1](cotangents)
 
     values = flat(*leaves)
-    _, back = torch.func.vjp(transposed, *(torch.zeros_like(value) for value in values))
+    back = torch.func.vjp(transposed, *(torch.zeros_like(value) for value in values))[1]
     return values, back(tuple(directions))
 
 
