@@ -102,12 +102,15 @@ def test_higher_derivatives_through_attention_are_noted():
 @pytest.mark.parametrize(
     "options, text",
     [
-        (dict(mesh=dict(fsdp=3), rules=RULES), r"argument 0 \('batch seq embed', shape \(8, 16, 64\)\): axis 'batch' of size 8 is "
-                                               r"not divisible by 3 \(fsdp=3\); 6 or 9 would be"),
+        (
+            dict(mesh=dict(fsdp=3), rules=RULES),
+            r"argument 0 \('batch seq embed', shape \(8, 16, 64\)\): axis 'batch' of size 8 "
+            r"is not divisible by 3 \(fsdp=3\); 6 or 9 would be",
+        ),
         (dict(mesh=dict(fsdp=2)), r"rules is None(.|\n)*give a table"),
         (dict(mesh=None, rules=RULES), r"mesh is None(.|\n)*mesh=dict\(fsdp=64, tp=8\)"),
         (dict(mesh=dict(fsdp=0), rules=RULES), r"mesh dim 'fsdp' has size 0"),
-        (dict(mesh=dict(fdsp=2), rules=RULES.replace(mlp="fdsq")), r"rule 'mlp': unknown mesh dim 'fdsq' \(did you mean 'fdsp'\?\)"),
+        (dict(mesh=dict(tp=2), rules=RULES.replace(mlp="fdsp")), r"'mlp': unknown mesh dim 'fdsp' \(did you mean 'fsdp'\?\)"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named_before_the_run(options, text):
