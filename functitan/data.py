@@ -3,10 +3,9 @@
 Invariant: `next_batch(cursor)` is a pure function. The same cursor gives bitwise the same batch, in any process and at
 any time, and the cursor that comes back continues exactly where the batch ended. So to resume is to store four ints.
 
-The tokens are endless: the documents of epoch 0, of epoch 1, ..., each followed by one end-of-text token. They are cut
-into rows, the rows into windows, and each window is shuffled, so that a batch is not all of one long document. The next
-row in the text starts where this one ends: in each epoch every token is an input once and a label once. Batches hold
-global values, whatever the mesh is; `ft.shard(batch, data.BATCH)` takes a rank's part.
+The tokens are endless: the documents of epoch 0, of epoch 1, ..., each with one end-of-text token. Cut into rows, one
+after the other, each is an input once and a label once in an epoch; each window of rows is shuffled, so that a long
+document does not fill whole batches. Batches hold global values: `ft.shard(batch, data.BATCH)` takes a rank's part.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset, load_dataset
-from numpy.lib.stride_tricks import sliding_window_view
 from tiktoken import Encoding, get_encoding, list_encoding_names
 from torch import Tensor
 
@@ -34,23 +32,17 @@ from functitan.errors import FunctitanError, nearest, report
 
 BATCH = {"tokens": "batch seq", "labels": "batch seq"}
 END_OF_TEXT = "<|endoftext|>"
-
-Documents = Dataset | IterableDataset
+Corpus = Dataset | IterableDataset
 
 _GPT4_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 )
 _NOT_TEXT_TO_LEARN = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-_RECENT_DOCUMENTS = 256  # a rank that lags by a batch must not reopen a streaming dataset
-_RECENT_WINDOWS = 2  # a batch may meet two
 
 
 class Cursor(NamedTuple):
-    """The next row to read: the one at position `row` of a shuffled window.
-
-    The window starts at token `offset` of the document at position `document` of an epoch's order.
-    """
+    """The next row to read: number `row` of the window that starts at this offset, of this document of the epoch."""
 
     epoch: int = 0
     document: int = 0
@@ -68,13 +60,7 @@ class TokenStream(NamedTuple):
 
 
 def token_stream(
-    documents: Documents,
-    encoding: Encoding,
-    seq_len: int,
-    batch_size: int,
-    *,
-    seed: int = 0,
-    shuffle: int | None = 2048,
+    documents: Corpus, encoding: Encoding, seq_len: int, batch_size: int, *, seed: int = 0, shuffle: int | None = 2048
 ) -> TokenStream:
     """Batches of packed documents.
 
@@ -90,13 +76,11 @@ def token_stream(
     >>> documents = Dataset.from_dict({"text": ["abc", "de"]})
     >>> stream = token_stream(documents, byte_encoding(), seq_len=4, batch_size=1, shuffle=0)
     >>> batch, cursor = stream.next_batch(Cursor())
-    >>> batch["tokens"], batch["labels"]
-    (tensor([[ 97,  98,  99, 256]]), tensor([[ 98,  99, 256, 100]]))
-    >>> cursor
-    Cursor(epoch=0, document=1, offset=0, row=0)
+    >>> batch["tokens"], batch["labels"], cursor
+    (tensor([[ 97,  98,  99, 256]]), tensor([[ 98,  99, 256, 100]]), Cursor(epoch=0, document=1, offset=0, row=0))
     """
-    shuffle = shuffle or 0
-    _check_stream(documents, encoding, seq_len=seq_len, batch_size=batch_size, seed=seed, shuffle=shuffle)
+    window_size = shuffle or 1
+    _check_stream(documents, encoding, seq_len=seq_len, batch_size=batch_size, shuffle=window_size)
     key = random.key(seed)
     lock = threading.Lock()  # ranks that are threads share a stream: one of them reads a window for all
 
@@ -105,59 +89,52 @@ def token_stream(
             return np.arange(n)
         return torch.argsort(random.bits(reduce(random.fold_in, place, key), (n,)), stable=True).cpu().numpy()
 
-    streaming = isinstance(documents, IterableDataset)
-    text_at = _texts_of_stream(documents) if streaming else _texts_in_order(documents, permutation)
+    is_stream = isinstance(documents, IterableDataset)
+    text_at = _texts_of_stream(documents) if is_stream else _texts_in_order(documents, permutation)
 
-    @lru_cache(maxsize=_RECENT_DOCUMENTS)
+    @lru_cache(maxsize=256)  # a rank that lags by a batch must not reopen a streaming dataset
     def tokens_at(epoch: int, document: int) -> np.ndarray:
         if (text := text_at(epoch, document)) is None:
             return np.empty(0, np.uint32)
         return np.append(encoding.encode_to_numpy(text, disallowed_special=()), np.uint32(encoding.eot_token))
 
-    @lru_cache(maxsize=_RECENT_WINDOWS)
-    def window_at(*start: int) -> tuple[np.ndarray, tuple[int, int, int]]:
+    @lru_cache(maxsize=2)  # a batch may meet two
+    def window_at(start: Cursor) -> tuple[np.ndarray, Cursor]:
         """The rows in their new order, each with the label of its last token, and the start of the next window."""
-        epoch, document, offset = end = start
+        epoch, document, offset, _ = end = start
         pieces: list[np.ndarray] = []
-        missing = (shuffle or 1) * seq_len + 1  # the last token is a label only: the next window starts with it
+        missing = window_size * seq_len + 1  # the last token is a label only: the next window starts with it
         while missing:
-            tokens = tokens_at(epoch, document)
-            if document and pieces and not len(tokens):  # the epoch is over, and with the row begun so is the window
-                epoch, document, missing = epoch + 1, 0, (missing - 1) % seq_len + 1
-                continue
+            end, tokens = Cursor(epoch, document, offset), tokens_at(epoch, document)
             if offset >= len(tokens):
-                raise FunctitanError(
-                    _beyond_the_data(Cursor(epoch, document, offset), "document", len(tokens), "tokens")
-                )
+                raise _beyond_the_data(end, "document", f"{len(tokens)} tokens")
             pieces.append(tokens[offset : offset + missing])
             missing -= len(pieces[-1])
-            end = epoch, document, offset + len(pieces[-1]) - 1
             document, offset = document + 1, 0
-        rows = sliding_window_view(np.concatenate(pieces), seq_len + 1)[::seq_len]
-        return rows[permutation(len(rows), "rows", *start)], end
+            if missing and not len(tokens_at(epoch, document)):  # the epoch ends, and with the row begun the window
+                epoch, document, missing = epoch + 1, 0, (missing - 1) % seq_len + 1
+        rows = np.lib.stride_tricks.sliding_window_view(np.concatenate(pieces), seq_len + 1)[::seq_len]
+        return rows[permutation(len(rows), "rows", *start)], end._replace(offset=end.offset + len(pieces[-1]) - 1)
 
     def next_batch(cursor: Sequence[int]) -> tuple[dict[str, Tensor], Cursor]:
-        *start, row = at = _check_cursor(cursor)
+        at = _check_cursor(cursor)
         parts: list[np.ndarray] = []
-        missing = batch_size
-        while missing:
+        while missing := batch_size - sum(map(len, parts)):
             with lock:
-                window, end = window_at(*start)
-            if row >= len(window):
-                raise FunctitanError(_beyond_the_data(at, "window", len(window), "rows"))
-            parts.append(window[row : row + missing])
-            missing -= len(parts[-1])
-            row += len(parts[-1])
-            if row == len(window):
-                start, row = end, 0
+                window, end = window_at(at._replace(row=0))
+            if at.row >= len(window):
+                raise _beyond_the_data(at, "window", f"{len(window)} rows")
+            parts.append(window[at.row : at.row + missing])
+            row = at.row + len(parts[-1])
+            at = at._replace(row=row) if row < len(window) else end
         rows = torch.from_numpy(np.concatenate(parts).astype(np.int64))
         # Copies: a batch may be donated, and one storage for two tensors must not be.
-        return {"tokens": rows[:, :-1].clone(), "labels": rows[:, 1:].clone()}, Cursor(*start, row)
+        return {"tokens": rows[:, :-1].clone(), "labels": rows[:, 1:].clone()}, at
 
     return TokenStream(next_batch, encoding, seq_len, batch_size)
 
 
-def split(documents: Documents, validation: float = 0.05) -> tuple[Documents, Documents]:
+def split(documents: Corpus, validation: float = 0.05) -> tuple[Corpus, Corpus]:
     """(train, validation) documents, chosen by a hash of each text, so that equal texts are on the same side.
 
     Arguments: `documents` with a column "text"; `validation`, in (0, 1), the expected share of documents.
@@ -180,13 +157,11 @@ def split(documents: Documents, validation: float = 0.05) -> tuple[Documents, Do
     if isinstance(documents, IterableDataset):
         train = documents.filter(lambda row: not is_validation(row["text"]))
         return train, documents.filter(lambda row: is_validation(row["text"]))
-    sides: tuple[list[int], list[int]] = ([], [])
-    for index in range(len(documents)):
-        sides[is_validation(documents[index]["text"])].append(index)
-    if not all(sides):
-        problem = f"of {len(documents)} documents {len(sides[0])} are for training, {len(sides[1])} for validation"
+    held = np.array([is_validation(text) for text in documents["text"]])
+    if held.all() or not held.any():
+        problem = f"of {held.size} documents {(~held).sum()} are for training, {held.sum()} for validation"
         raise FunctitanError(report("split", [problem], "give more documents, or another share"))
-    return documents.select(sides[0]), documents.select(sides[1])
+    return documents.select(np.flatnonzero(~held)), documents.select(np.flatnonzero(held))
 
 
 def byte_encoding() -> Encoding:
@@ -213,23 +188,20 @@ def encoding(name_or_path: str | os.PathLike, *, pattern: str = _GPT4_PATTERN) -
     name, known = str(name_or_path), ["bytes", *list_encoding_names()]
     if name in known:
         return byte_encoding() if name == "bytes" else get_encoding(name)
-    path = Path(name)
-    if not path.is_file():
-        problem = f"{name!r} is neither a name{nearest(name, known)} nor a file"
-        raise FunctitanError(report("encoding", [problem], f"give a .tiktoken file or one of {known}"))
     try:
-        lines = [line.split() for line in path.read_bytes().splitlines() if line]
+        lines = [line.split() for line in Path(name).read_bytes().splitlines() if line]
         ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
         missing = [i for i in range(256) if bytes([i]) not in ranks]
+        problem = f"{len(missing)} of the 256 bytes have no rank, the first is {missing[0]}" if missing else ""
+    except OSError:
+        problem = f"it is neither a name{nearest(name, known)} nor a file"
     except ValueError as error:
-        raise FunctitanError(
-            report(f"encoding({name!r})", [str(error)], "each line is a base64 token, a rank")
-        ) from None
-    if missing:
-        problem = f"{len(missing)} of the 256 bytes have no rank, the first is {missing[0]}"
-        raise FunctitanError(report(f"encoding({name!r})", [problem], "give the ranks of a byte-level encoding"))
+        problem = str(error)
+    if problem:
+        fix = f"give a file, in which each line is a base64 token, a rank, or one of {known}"
+        raise FunctitanError(report(f"encoding({name!r})", [problem], fix))
     end = {END_OF_TEXT: max(ranks.values()) + 1}
-    return Encoding(path.stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens=end)
+    return Encoding(Path(name).stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens=end)
 
 
 def stdlib_documents() -> Dataset:
@@ -253,7 +225,7 @@ def stdlib_documents() -> Dataset:
 
 def huggingface_documents(
     path: str, name: str | None = None, split: str = "train", *, column: str = "text", streaming: bool = True
-) -> Documents:
+) -> Corpus:
     """Documents of a Hugging Face dataset, or of a folder of JSON, Parquet or text files.
 
     Arguments: `path`, `name` and `split` as for `datasets.load_dataset`; `column`, the one that holds the text;
@@ -292,12 +264,9 @@ def _texts_of_stream(documents: IterableDataset) -> Callable[[int, int], str | N
     return text_at
 
 
-def _check_stream(documents: Documents, encoding: Encoding, **sizes: int | None) -> None:
+def _check_stream(documents: Corpus, encoding: Encoding, **sizes: int) -> None:
     problems = _problems_of(documents)
-    for name, size in sizes.items():
-        least = name in ("seq_len", "batch_size")
-        if type(size) is not int or size < least:
-            problems.append(f"{name}={size!r} is not an int >= {least:d}")
+    problems += [f"{n}={v!r} is not an int >= 1" for n, v in sizes.items() if type(v) is not int or v < 1]
     if END_OF_TEXT not in encoding.special_tokens_set:
         problems.append(f"the encoding {encoding.name!r} has no {END_OF_TEXT} to put between documents")
     if problems:
@@ -305,7 +274,7 @@ def _check_stream(documents: Documents, encoding: Encoding, **sizes: int | None)
         raise FunctitanError(report("token_stream", problems, fix))
 
 
-def _problems_of(documents: Documents) -> list[str]:
+def _problems_of(documents: Corpus) -> list[str]:
     if not isinstance(documents, Dataset | IterableDataset):
         return [f"documents is a {type(documents).__name__}, not a dataset as Dataset.from_dict makes it"]
     columns = documents.column_names or list(next(iter(documents), {}))
@@ -325,7 +294,6 @@ def _check_cursor(cursor: Sequence[int]) -> Cursor:
     return checked
 
 
-def _beyond_the_data(cursor: Cursor, what: str, size: int, unit: str) -> str:
-    found = f"that {what} has {size} {unit}" if size else f"the data has no such {what}"
-    fix = "use a cursor of the same documents, encoding, seq_len and shuffle"
-    return report("next_batch", [f"{cursor} is beyond the data: {found}"], fix)
+def _beyond_the_data(cursor: Cursor, what: str, size: str) -> FunctitanError:
+    problem = f"{cursor} is beyond the data: that {what} has {size}"
+    return FunctitanError(report("next_batch", [problem], "use a cursor of a stream made with the same arguments"))
