@@ -23,7 +23,7 @@ LAYERS = [
     ["ops", "ops.*"],
     ["nn", "nn.*", "transforms", "transforms.*"],
     ["models", "models.*", "pipeline", "pipeline.*", "optim", "optim.*"],
-    ["checkpoint", "data", "metrics"],
+    ["checkpoint", "data", "data.*", "metrics"],
     ["train", "testing", "testing.*"],
 ]
 STRANGERS = [{"nn", "transforms"}]  # packages that do not import each other

@@ -10,35 +10,23 @@ document does not fill whole batches. Batches hold global values: `ft.shard(batc
 
 from __future__ import annotations
 
-import base64
 import operator
-import os
-import sysconfig
 import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial, reduce
-from hashlib import blake2b
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from datasets import Dataset, IterableDataset, load_dataset
-from tiktoken import Encoding, get_encoding, list_encoding_names
+from datasets import Dataset, IterableDataset
+from tiktoken import Encoding
 from torch import Tensor
 
 from functitan import random
-from functitan.errors import FunctitanError, nearest, report
+from functitan.data.documents import END_OF_TEXT, Corpus, problems_of
+from functitan.errors import FunctitanError, report
 
 BATCH = {"tokens": "batch seq", "labels": "batch seq"}
-END_OF_TEXT = "<|endoftext|>"
-Corpus = Dataset | IterableDataset
-
-_GPT4_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
-    r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
-)
-_NOT_TEXT_TO_LEARN = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
 class Cursor(NamedTuple):
@@ -60,7 +48,7 @@ class TokenStream(NamedTuple):
 
 
 def token_stream(
-    documents: Corpus, encoding: Encoding, seq_len: int, batch_size: int, *, seed: int = 0, shuffle: int | None = 2048
+    documents: Corpus, encoding: Encoding, seq_len: int, batch_size: int, *, seed: int = 0, shuffle: int | None = 4096
 ) -> TokenStream:
     """Batches of packed documents.
 
@@ -73,6 +61,7 @@ def token_stream(
     so a cursor serves any; the other arguments must be those it was made with.
     Raises FunctitanError for bad arguments, and in `next_batch` for a cursor beyond the data.
 
+    >>> from functitan.data.documents import byte_encoding
     >>> documents = Dataset.from_dict({"text": ["abc", "de"]})
     >>> stream = token_stream(documents, byte_encoding(), seq_len=4, batch_size=1, shuffle=0)
     >>> batch, cursor = stream.next_batch(Cursor())
@@ -134,113 +123,6 @@ def token_stream(
     return TokenStream(next_batch, encoding, seq_len, batch_size)
 
 
-def split(documents: Corpus, validation: float = 0.05) -> tuple[Corpus, Corpus]:
-    """(train, validation) documents, chosen by a hash of each text, so that equal texts are on the same side.
-
-    Arguments: `documents` with a column "text"; `validation`, in (0, 1), the expected share of documents.
-    Result: two datasets of the kind given, in the given order; a streaming one stays lazy.
-    Raises FunctitanError for bad arguments, or if a side would be empty.
-
-    >>> train, validation = split(Dataset.from_dict({"text": [str(i) for i in range(100)]}), validation=0.1)
-    >>> len(train), len(validation)
-    (91, 9)
-    """
-    problems = _problems_of(documents)
-    if not 0 < validation < 1:
-        problems.append(f"validation={validation} is not between 0 and 1")
-    if problems:
-        raise FunctitanError(report("split", problems, "give a dataset with a column 'text', and a share like 0.05"))
-
-    def is_validation(text: str) -> bool:
-        return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") < validation * 2**64
-
-    if isinstance(documents, IterableDataset):
-        train = documents.filter(lambda row: not is_validation(row["text"]))
-        return train, documents.filter(lambda row: is_validation(row["text"]))
-    held = np.array([is_validation(text) for text in documents["text"]])
-    if held.all() or not held.any():
-        problem = f"of {held.size} documents {(~held).sum()} are for training, {held.sum()} for validation"
-        raise FunctitanError(report("split", [problem], "give more documents, or another share"))
-    return documents.select(np.flatnonzero(~held)), documents.select(np.flatnonzero(held))
-
-
-def byte_encoding() -> Encoding:
-    """The encoding of UTF-8 bytes: token i < 256 is the byte i, 256 is the end of text. Needs no file.
-
-    >>> byte_encoding().encode("hé"), byte_encoding().n_vocab
-    ([104, 195, 169], 257)
-    """
-    ranks = {bytes([i]): i for i in range(256)}  # the pattern only cuts the work into small pieces
-    return Encoding("bytes", pat_str=r"[\s\S]{1,64}", mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 256})
-
-
-def encoding(name_or_path: str | os.PathLike, *, pattern: str = _GPT4_PATTERN) -> Encoding:
-    """A tiktoken encoding.
-
-    Arguments: `name_or_path`, "bytes", a name that tiktoken knows (it downloads the ranks at first use) or a
-    `.tiktoken` file of ranks, such as Llama 3's, whose end of text becomes the token after the last rank;
-    `pattern`, the regular expression that cuts text before merging, for a file only (default: GPT-4's and Llama 3's).
-    Raises FunctitanError for an unknown name and for a file that can't be read as ranks of all bytes.
-
-    >>> encoding("bytes").n_vocab
-    257
-    """
-    name, known = str(name_or_path), ["bytes", *list_encoding_names()]
-    if name in known:
-        return byte_encoding() if name == "bytes" else get_encoding(name)
-    try:
-        lines = [line.split() for line in Path(name).read_bytes().splitlines() if line]
-        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-        missing = [i for i in range(256) if bytes([i]) not in ranks]
-        problem = f"{len(missing)} of the 256 bytes have no rank, the first is {missing[0]}" if missing else ""
-    except OSError:
-        problem = f"it is neither a name{nearest(name, known)} nor a file"
-    except ValueError as error:
-        problem = str(error)
-    if problem:
-        fix = f"give a file, in which each line is a base64 token, a rank, or one of {known}"
-        raise FunctitanError(report(f"encoding({name!r})", [problem], fix))
-    end = {END_OF_TEXT: max(ranks.values()) + 1}
-    return Encoding(Path(name).stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens=end)
-
-
-def stdlib_documents() -> Dataset:
-    """The sources of Python's standard library without its tests, sorted by path: about 12 MB of text on any machine.
-
-    Result: columns "path" (relative) and "text". Raises FunctitanError where Python came without sources.
-
-    >>> "path" in stdlib_documents().column_names
-    True
-    """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    found: list[Path] = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in _NOT_TEXT_TO_LEARN]
-        found += [Path(folder, name) for name in names if name.endswith(".py")]
-    if not found:
-        raise FunctitanError(report("stdlib_documents", [f"no .py file in {root}"], "use huggingface_documents"))
-    text = {path.relative_to(root).as_posix(): path.read_text(encoding="utf-8", errors="replace") for path in found}
-    return Dataset.from_dict({"path": sorted(text), "text": [text[path] for path in sorted(text)]})
-
-
-def huggingface_documents(
-    path: str, name: str | None = None, split: str = "train", *, column: str = "text", streaming: bool = True
-) -> Corpus:
-    """Documents of a Hugging Face dataset, or of a folder of JSON, Parquet or text files.
-
-    Arguments: `path`, `name` and `split` as for `datasets.load_dataset`; `column`, the one that holds the text;
-    `streaming`, whether to read as needed instead of downloading first.
-    Result: a dataset of the one column "text". Raises FunctitanError if there is no such column.
-    """
-    documents = load_dataset(path, name, split=split, streaming=streaming)
-    columns = documents.column_names or list(next(iter(documents), {}))
-    if column not in columns:
-        problem = f"no column {column!r}{nearest(column, columns)}: the columns are {columns}"
-        raise FunctitanError(report(f"huggingface_documents({path!r})", [problem], "name the one with text: column="))
-    documents = documents.select_columns([column])
-    return documents if column == "text" else documents.rename_column(column, "text")
-
-
 def _texts_in_order(documents: Dataset, permutation: Callable[..., np.ndarray]) -> Callable[[int, int], str | None]:
     order = lru_cache(maxsize=2)(partial(permutation, len(documents), "documents"))  # a window may meet two epochs
     return lambda epoch, index: documents[int(order(epoch)[index])]["text"] if index < len(documents) else None
@@ -265,22 +147,13 @@ def _texts_of_stream(documents: IterableDataset) -> Callable[[int, int], str | N
 
 
 def _check_stream(documents: Corpus, encoding: Encoding, **sizes: int) -> None:
-    problems = _problems_of(documents)
+    problems = problems_of(documents)
     problems += [f"{n}={v!r} is not an int >= 1" for n, v in sizes.items() if type(v) is not int or v < 1]
     if END_OF_TEXT not in encoding.special_tokens_set:
         problems.append(f"the encoding {encoding.name!r} has no {END_OF_TEXT} to put between documents")
     if problems:
         fix = "write as in token_stream(stdlib_documents(), byte_encoding(), seq_len=256, batch_size=8)"
         raise FunctitanError(report("token_stream", problems, fix))
-
-
-def _problems_of(documents: Corpus) -> list[str]:
-    if not isinstance(documents, Dataset | IterableDataset):
-        return [f"documents is a {type(documents).__name__}, not a dataset as Dataset.from_dict makes it"]
-    columns = documents.column_names or list(next(iter(documents), {}))
-    if columns and "text" not in columns:
-        return [f"documents has no column 'text': its columns are {columns}"]
-    return [] if next(iter(documents), None) else ["documents is empty"]
 
 
 def _check_cursor(cursor: Sequence[int]) -> Cursor:
