@@ -42,13 +42,15 @@ def train(mesh, args) -> list[float]:
     optim = ft.optim
     rate = optim.warmup_cosine(args.lr, args.steps // 10 + 1, args.steps, end=args.lr / 10)
     tx = optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(rate, weight_decay=0.1, mask=optim.decay_matrices))
-    state = ft.TrainState.create(declared, tx, ft.random.key(args.seed), mesh=mesh, rules=rules)
+    key = ft.random.key(args.seed).to(args.device)  # everything lives where the key lives
+    state = ft.TrainState.create(declared, tx, key, mesh=mesh, rules=rules)
     step = ft.train_step(lambda params, batch, key: llama.loss(params, batch, config), tx)
 
     report = reporter(args, config, declared, mesh)
     losses, cursor = [], ft.data.Cursor()
     for _ in range(args.steps):
         batch, cursor = stream.next_batch(cursor)
+        batch = ft.tree.map(lambda x: x.to(args.device), batch)
         state, metrics = step(state, ft.shard(batch, ft.data.BATCH, mesh=mesh, rules=rules))
         losses.append(metrics["loss"].item())
         report(losses, cursor)
@@ -62,8 +64,8 @@ def sample(params, config, encoding, args, mesh) -> str:
     forward = ft.spmd(partial(llama.apply, config=config), mesh=mesh, rules=rules)
     tokens = encoding.encode("def ")
     for i in range(args.sample):
-        logits = forward(params, torch.tensor([tokens[-args.seq :]]))[:, -1]
-        whole = ft.unshard(logits, "batch vocab", mesh=mesh, rules=rules)[0] / 0.8
+        logits = forward(params, torch.tensor([tokens[-args.seq :]], device=args.device))[:, -1]
+        whole = ft.unshard(logits, "batch vocab", mesh=mesh, rules=rules)[0].cpu() / 0.8
         noise = ft.random.uniform(ft.random.fold_in(ft.random.key(args.seed), i), (len(whole),))
         tokens.append(int((whole - (-noise.clamp(min=1e-20).log()).log()).argmax()))  # Gumbel's way to sample
     return encoding.decode(tokens)
@@ -76,7 +78,7 @@ def reporter(args, config, declared, mesh):
         return lambda losses, cursor, text=None: None
     ranks = 1 if mesh is None or args.simulate else mesh.size()
     flops = ft.metrics.flops_per_token(declared, config.num_layers, config.num_heads, config.head_dim, args.seq)
-    peak = ft.metrics.measure_peak_flops() * ranks
+    peak = ft.metrics.measure_peak_flops(device=args.device) * ranks
     out, console, started = Path(args.out), Console(), [time.perf_counter()]
     out.mkdir(parents=True, exist_ok=True)
     log = (out / "metrics.jsonl").open("w")
@@ -145,6 +147,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sample", type=int, default=200, help="tokens of the sample at the end")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", default="runs/llama", help="folder for metrics.jsonl and loss.png")
     return parser.parse_args()
 

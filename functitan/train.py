@@ -170,5 +170,5 @@ tree.register(
         (_Static(state.declarations), state.mesh, state.rules),
         ("params", "opt_state", "step", "key"),
     ),
-    lambda static, children: TrainState(*children, static[0].tree, static[1], static[2]),
+    lambda static, children: TrainState(*children, declarations=static[0].tree, mesh=static[1], rules=static[2]),
 )

@@ -225,85 +225,50 @@ def attention(draw) -> Case:
 
 # --- the laws -------------------------------------------------------------------------------------------------------
 
-OPS = [einsum, reduce, broadcast, take, select, select_by_tensor, constrain, cross_entropy, attention]
-of_every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
-EXAMPLES = settings(max_examples=int(__import__("os").environ.get("N", 15)))
-SEEDS = st.integers(0, 2**32)
-
 
 @st.composite
-def hidden(draw, case: Case, axis: str, vmap) -> Case:
+def hidden(draw, case: Case, axis: str) -> Case:
     """The case for each position of an axis, which at least one operand of each result has."""
     places = [draw(st.none() | st.integers(0, len(arg.pattern.split()))) for arg in case.args]
     if any(place is None for place in places) and (len(case.results) > 1 or not any(p is not None for p in places)):
         places = [0] * len(places)
-    return batched(case, axis, places, vmap)
-
-
-def named_vmap(fn, in_dims):
-    return ft.vmap(fn, in_dims, axis="example")
+    if axis == "copy":
+        return batched(case, axis, places, torch.func.vmap)
+    return batched(case, axis, places, lambda fn, in_dims: ft.vmap(fn, in_dims, axis=axis))
 
 
 def with_free_examples(case: Case) -> Case:
     """Rules under which no axis but the examples has the mesh dims of the examples, as per-example gradients need."""
     own = case.rules["example"]
-    return case._replace(rules=ft.AxisRules({
-        axis: dims if axis == "example" else tuple(d for d in dims if d not in own) for axis, dims in case.rules.items()
-    }))
+    free = {axis: tuple(dim for dim in dims if dim not in own) for axis, dims in case.rules.items()}
+    return case._replace(rules=ft.AxisRules({**free, "example": own}))
 
 
-@of_every_op
-@EXAMPLES
-@given(data=st.data(), seed=SEEDS)
-def test_values_are_those_without_a_mesh(op, data, seed):
-    check(data.draw(op()), seed)
+def per_copy(draw, case: Case) -> Case:
+    return draw(hidden(case, "copy"))
 
 
-@of_every_op
-@EXAMPLES
-@given(data=st.data(), seed=SEEDS)
-def test_cotangents_are_those_without_a_mesh(op, data, seed):
-    check(vjp_of(data.draw(op())), seed)
+def per_example(draw, case: Case) -> Case:
+    return draw(hidden(case, "example"))
 
 
-@of_every_op
-@EXAMPLES
-@given(data=st.data(), seed=SEEDS)
-def test_tangents_are_those_without_a_mesh(op, data, seed):
-    check(jvp_of(data.draw(op())), seed)
+LAWS = {  # what is the same on every mesh, as cases made of a case
+    "values": lambda draw, case: case,
+    "cotangents": lambda draw, case: vjp_of(case),
+    "tangents": lambda draw, case: jvp_of(case),
+    "hessians": lambda draw, case: hvp_of(case),
+    "torch_vmap_over_an_axis_that_nothing_shards": per_copy,
+    "ft_vmap_over_an_axis_that_the_mesh_may_shard": per_example,
+    "cotangents_of_ft_vmap": lambda draw, case: vjp_of(per_example(draw, case)),
+    "gradients_per_example": lambda draw, case: per_example(draw, vjp_of(with_free_examples(case))),
+    "cotangents_of_nested_vmaps": lambda draw, case: vjp_of(per_example(draw, per_copy(draw, case))),
+}
+OPS = [einsum, reduce, broadcast, take, select, select_by_tensor, constrain, cross_entropy, attention]
 
 
-@of_every_op
-@EXAMPLES
-@given(data=st.data(), seed=SEEDS)
-def test_hessians_are_those_without_a_mesh(op, data, seed):
-    check(hvp_of(data.draw(op())), seed)
-
-
-@of_every_op
-@EXAMPLES
-@given(data=st.data(), seed=SEEDS)
-def test_ft_vmap_hides_an_axis_that_the_mesh_may_shard(op, data, seed):
-    check(data.draw(hidden(data.draw(op()), "example", named_vmap)), seed)
-
-
-@of_every_op
-@EXAMPLES
-@given(data=st.data(), seed=SEEDS)
-def test_torch_vmap_hides_an_axis_that_nothing_shards(op, data, seed):
-    check(data.draw(hidden(data.draw(op()), "copy", torch.func.vmap)), seed)
-
-
-@of_every_op
-@EXAMPLES
-@given(data=st.data(), seed=SEEDS)
-def test_cotangents_pass_through_ft_vmap(op, data, seed):
-    check(vjp_of(data.draw(hidden(data.draw(op()), "example", named_vmap))), seed)
-
-
-@of_every_op
-@EXAMPLES
-@given(data=st.data(), seed=SEEDS)
-def test_ft_vmap_of_vjp_gives_per_example_gradients(op, data, seed):
-    case = vjp_of(with_free_examples(data.draw(op())))
-    check(data.draw(hidden(case, "example", named_vmap)), seed)
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
+@pytest.mark.parametrize("law", LAWS)
+@settings(max_examples=10)
+@given(data=st.data(), seed=st.integers(0, 2**32))
+def test_ops_are_the_same_on_every_mesh(law, op, data, seed):
+    check(LAWS[law](data.draw, data.draw(op())), seed)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from functitan.axes import Axes, write_axes
 from functitan.errors import LayoutError, PatternError, report
-from functitan.ops.function import Call, Hidden, Op, apply, hidden_axes
+from functitan.ops.function import Call, Hidden, Hiddens, Op, apply, hidden_axes, ones_of
 from functitan.ops.local import product
 from functitan.sharding.collectives import Label, run_step
 from functitan.sharding.context import Env
@@ -35,22 +35,46 @@ class Type(NamedTuple):
     rules: AxisRules | None = None
     layout: Layout | None = None
 
-    def resolve(self, hidden: tuple[Hidden, ...], env: Env) -> Layout:
+    def resolve(self, hidden: Hiddens, env: Env) -> Layout:
         """The full layout, hidden axes first. Inside an `ft.vmap` over an axis, what a pattern shows of it is whole."""
         full = tuple(h.axis for h in hidden) + self.axes
-        if self.layout is not None:
-            return Layout(full, tuple(self.layout.of(axis) for axis in full))
+        if self.layout is not None:  # a hidden axis lies alike in all tensors, so others give way to one that is new
+            new = tuple(h for h in hidden if h.axis not in self.layout.axes)
+            over = dict(zip((h.axis for h in new), env.layout(tuple(h.name or h.axis for h in new)).dims, strict=True))
+            left = lambda axis: tuple(dim for dim in self.layout.of(axis) if not any(dim in dims for dims in over.values()))
+            return Layout(full, tuple(over[axis] if axis in over else left(axis) for axis in full))
         assert env.mesh is not None
-        taken = {name for _, name in env.vmap_axes}
-        names = tuple(f"_{name}" if name in taken else name for name in (self.axes if self.lookup is None else self.lookup))
-        names = tuple(h.axis if h.name is None else h.name for h in hidden) + names
+        names = tuple(h.name or h.axis for h in hidden) + self._names(env)
         layout = env.layout(names) if self.rules is None else layout_of(names, self.rules, env.mesh.sizes)
         return Layout(full, layout.dims)
+
+    def shown(self, hidden: Hidden | None, env: Env) -> Type:
+        """The type where a hidden axis shows: `hidden` in this tensor, `None` in others. The layout stays."""
+        axes, names = ((), ()) if hidden is None else ((hidden.axis,), (hidden.name or hidden.axis,))
+        return self._replace(axes=axes + self.axes, lookup=names + self._names(env))
+
+    def _names(self, env: Env) -> Axes:
+        taken = {name for _, name in env.vmap_axes}
+        return tuple(f"_{name}" if name in taken else name for name in (self.axes if self.lookup is None else self.lookup))
 
 
 def layout_here(axes: Axes, x: Tensor, env: Env) -> Layout:
     """The full layout of a tensor with these visible axes."""
-    return Type(axes).resolve(hidden_axes(x, env), env)
+    return Type(axes).resolve(hidden_axes(x, env, frozenset(axes)), env)
+
+
+def lift(own: Type, x: Tensor, hidden: Hiddens, env: Env, label: Label) -> Tensor:
+    """The tensor with all these hidden axes, equal along those that it lacked, and where tensors that have them lie.
+
+    So it may meet them in plain torch ops, and its cotangent is summed over all ranks that share it.
+    """
+    assert env.mesh is not None
+    levels = {h.level for h in hidden_axes(x, env)}
+    ones = tuple(ones_of(h, x) for h in hidden if h.level not in levels)
+    if not ones:
+        return x
+    operands = (own, *(Type(()) for _ in ones))
+    return contract(Contraction(operands, (own,), (Term(0, tuple(range(len(operands)))),), ()), (x, *ones), env, label)[0]
 
 
 class Static(NamedTuple):
@@ -71,29 +95,29 @@ def contract(
 ) -> tuple[Tensor, ...]:
     """Run a contraction whose operands and results are `Type`s, on local shards; `typed.sizes` adds sizes to theirs."""
     assert env.mesh is not None
-    full, levels = resolve(typed, tensors, env, label)
+    full, hidden = resolve(typed, tensors, env, label)
     chosen = plan(full, env.mesh.sizes, fixed)
     if chosen.is_local and reduction == "sum" and _transposes_locally(full, env, fixed):
         return tuple(_local(typed, chosen, r, tensors) for r in range(len(typed.results)))
     static = Static(typed, full, chosen, label, reduction, fixed, tuple(x.dtype for x in tensors))
     linear = all(len(term.operands) == 1 for term in typed.terms)
-    return apply(Call(_LINEAR if linear else _PRODUCT, env, static, *levels), *tensors)
+    return apply(Call(_LINEAR if linear else _PRODUCT, env, static, *hidden), *tensors)
 
 
 def resolve(typed: Contraction, tensors: tuple[Tensor, ...], env: Env, label: Label) -> tuple[Contraction, tuple[Any, Any]]:
-    """The contraction in full layouts with the global size of each axis, and the vmap levels of operands and results."""
+    """The contraction in full layouts with the global size of each axis, and the hidden axes of operands and results."""
     assert env.mesh is not None
-    hidden = [hidden_axes(x, env) for x in tensors]
+    shown = frozenset(axis for t in (*typed.operands, *typed.results) for axis in t.axes)
+    hidden = [hidden_axes(x, env, shown) for x in tensors]
     operands = tuple(t.resolve(own, env) for t, own in zip(typed.operands, hidden, strict=True))
-    of_results: list[tuple[Hidden, ...]] = []
+    of_results: list[Hiddens] = []
     for r in range(len(typed.results)):
         found = {h for term in typed.terms if term.result == r for i in term.operands for h in hidden[i]}
         of_results.append(tuple(sorted(found)))
     results = tuple(t.resolve(own, env) for t, own in zip(typed.results, of_results, strict=True))
     shapes = [tuple(h.size for h in own) + tuple(x.shape) for x, own in zip(tensors, hidden, strict=True)]
     sizes = _global_sizes(operands, shapes, dict(typed.sizes), env, label)
-    levels = [tuple(tuple(h.level for h in own) for own in each) for each in (hidden, of_results)]
-    return Contraction(operands, results, typed.terms, tuple(sizes.items())), (levels[0], levels[1])
+    return Contraction(operands, results, typed.terms, tuple(sizes.items())), (tuple(hidden), tuple(of_results))
 
 
 def _run(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -158,7 +182,16 @@ def _jvp(call: Call, tensors: tuple[Tensor, ...], _: Any, given: tuple[Tensor | 
     return tuple(found.get(r) for r in range(len(static.typed.results)))
 
 
-_PRODUCT = Op("contraction", _run, _vjp, _jvp)
+def _show(call: Call, hidden: Hidden, operands: tuple[bool, ...], results: tuple[bool, ...]) -> Static:
+    typed: Contraction = call.static.typed
+    shown = [
+        tuple(t.shown(hidden if here else None, call.env) for t, here in zip(types, which, strict=True))
+        for types, which in ((typed.operands, operands), (typed.results, results))
+    ]
+    return call.static._replace(typed=typed._replace(operands=shown[0], results=shown[1]))
+
+
+_PRODUCT = Op("contraction", _run, _vjp, _jvp, _show)
 _LINEAR = _PRODUCT._replace(saves_operands=False)  # the transpose of a linear map needs no operand
 
 
@@ -215,23 +248,6 @@ def _global_sizes(
     if problems:
         raise PatternError(report(f"{label.op}({label.pattern!r})", problems, _FIX_SIZES))
     return {**known, **sizes}
-
-
-def check_meets_batched(axes: Axes, layout: Layout, env: Env, label: Label) -> None:
-    """What is made to meet activations inside an `ft.vmap` must lie as they do: with the hidden axis, or as if it had it."""
-    assert env.mesh is not None
-    problems = []
-    for level, name in env.vmap_axes:
-        hidden = Hidden(level, 1, name)
-        with_it = Type(axes).resolve((hidden,), env)
-        if hidden.axis not in layout.axes:
-            problems += [
-                f"axis {axis!r} of {write_axes(axes)!r} lies over {layout.of(axis)}, but over {with_it.of(axis)} in tensors that have {name!r}"
-                for axis in axes
-                if layout.of(axis) != with_it.of(axis)
-            ]
-    if problems:
-        raise LayoutError(report(f"{label.op}({label.pattern!r}) inside ft.vmap", problems, _FIX_VMAP))
 
 
 def check_cotangents(operands: list[tuple[Axes, Layout, Layout]], label: Label, env: Env) -> None:

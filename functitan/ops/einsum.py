@@ -6,6 +6,7 @@ Invariant: without a mesh, or where nothing has to move, it is a few plain torch
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,8 @@ from functitan.sharding.context import current
 from functitan.sharding.contraction import Contraction, terms_of
 
 
-def einsum(pattern: str, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
-    """Products of tensors, summed over the axes that a result lacks.
+def einsum(pattern: str, *tensors: Tensor) -> Any:
+    """Products of tensors, summed over the axes that a result lacks: one tensor, or a tuple for several results.
 
     `"batch embed, embed mlp -> batch mlp"`: one result. With several results (a tuple comes back) the last operands
     belong to one result each and those before them to all: `"x, q, k -> xq, xk"` gathers `x` once, and adds the

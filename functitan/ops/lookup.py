@@ -16,8 +16,8 @@ from torch.nn.functional import embedding
 
 from functitan.axes import Axes, parse_axes, parse_signature, write_axes
 from functitan.errors import PatternError, report
-from functitan.ops.contraction import Type, check_cotangents, layout_here, resolve
-from functitan.ops.function import Call, Op, apply
+from functitan.ops.contraction import Type, check_cotangents, layout_here, lift, resolve
+from functitan.ops.function import Call, Hidden, Op, apply, hidden_axes
 from functitan.sharding.collectives import Label, run_step
 from functitan.sharding.context import Env, current
 from functitan.sharding.layout import Layout, check_rank, whole
@@ -40,7 +40,7 @@ def take(pattern: str, indices: Tensor, table: Tensor) -> Tensor:
     ids, rows, result = _parse(pattern)
     check_rank(ids, tuple(indices.shape), f"take({pattern!r}), indices")
     check_rank(rows, tuple(table.shape), f"take({pattern!r}), table")
-    return _lookup("take", _Axes(ids, rows, result), indices, table, current(), Label("take", pattern), ())
+    return _lookup("take", _Types(Type(ids), Type(rows), Type(result)), indices, table, current(), Label("take", pattern), ())
 
 
 def select(pattern: str, x: Tensor, index: int | Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def select(pattern: str, x: Tensor, index: int | Tensor) -> Tensor:
     else:
         problem = f"index {index} is out of range for axis {axes.looked_up!r} of size {size}"
         raise PatternError(report(f"select({pattern!r})", [problem], f"give one from {-size} to {size - 1}"))
-    return _lookup("take", axes, indices, x, env, label, ())
+    return _lookup("take", _Types(Type(ids), Type(rows), Type(result)), indices, x, env, label, ())
 
 
 def iota(pattern: str, axis: str, like: Tensor | None = None, **sizes: int) -> Tensor:
@@ -117,31 +117,44 @@ class _Axes(NamedTuple):
         return next(axis for axis in self.table if axis not in self.result)
 
 
+class _Types(NamedTuple):
+    """The types of indices, table and result."""
+
+    indices: Type
+    table: Type
+    result: Type
+
+    @property
+    def axes(self) -> _Axes:
+        return _Axes(self.indices.axes, self.table.axes, self.result.axes)
+
+
 class _Static(NamedTuple):
     kind: str  # "take": (indices, table) -> result; "put", its transpose: (indices, result) -> table
-    axes: _Axes
+    types: _Types
     full: Contraction
     plan: Plan
     label: Label
 
 
 def _lookup(
-    kind: str, axes: _Axes, indices: Tensor, x: Tensor, env: Env, label: Label, known: tuple[tuple[str, int], ...],
+    kind: str, types: _Types, indices: Tensor, x: Tensor, env: Env, label: Label, known: tuple[tuple[str, int], ...],
     own: Layout | None = None,
 ) -> Tensor:
-    source, target = (axes.table, axes.result) if kind == "take" else (axes.result, axes.table)
+    axes = types.axes
     if env.mesh is None:
-        place = axes.looked_up
-        return _take(axes, indices, x) if kind == "take" else _put(axes, indices, x, dict(known)[place])
-    types = (Type(axes.indices), Type(source)), (Type(target),)
-    typed = Contraction(*types, (Term(0, (0, 1)),), known)  # type: ignore[arg-type]
-    full, levels = resolve(typed, (indices, x), env, label)
+        return _take(axes, indices, x) if kind == "take" else _put(axes, indices, x, dict(known)[axes.looked_up])
+    if kind == "put":  # each position of the indices' hidden axes has a table of its own
+        x = lift(types.result, x, hidden_axes(indices, env), env, label)
+    source, target = (types.table, types.result) if kind == "take" else (types.result, types.table)
+    typed = Contraction((types.indices, source), (target,), (Term(0, (0, 1)),), known)
+    full, hidden = resolve(typed, (indices, x), env, label)
     table = full.operands[1] if kind == "take" else full.results[0]
     if own is not None:
         check_cotangents([(axes.table, own, table)], label, env)
     fixed = Fixed(tuple((dim, axis) for axis, dims in zip(table.axes, table.dims, strict=True) for dim in dims), (axes.looked_up,))
-    static = _Static(kind, axes, full, plan(full, env.mesh.sizes, fixed), label)
-    return apply(Call(_LOOKUP, env, static, *levels), indices, x)[0]
+    static = _Static(kind, types, full, plan(full, env.mesh.sizes, fixed), label)
+    return apply(Call(_LOOKUP, env, static, *hidden), indices, x)[0]
 
 
 def _run(call: Call, *tensors: Tensor) -> tuple[Tensor]:
@@ -178,16 +191,23 @@ def _vjp(call: Call, tensors: tuple[Tensor, ...], _: Any, grads: tuple[Tensor | 
     assert wanted == (1,) and grads[0] is not None, "indices have no cotangent"
     back = "put" if static.kind == "take" else "take"
     own = static.full.operands[1] if back == "put" else None
-    return (_lookup(back, static.axes, tensors[0], grads[0], call.transposed(), static.label, static.full.sizes, own),)
+    return (_lookup(back, static.types, tensors[0], grads[0], call.transposed(), static.label, static.full.sizes, own),)
 
 
 def _jvp(call: Call, tensors: tuple[Tensor, ...], _: Any, given: tuple[Tensor | None, ...]):
     static: _Static = call.static
     assert given[1] is not None
-    return (_lookup(static.kind, static.axes, tensors[0], given[1], call.env, static.label, static.full.sizes),)
+    return (_lookup(static.kind, static.types, tensors[0], given[1], call.env, static.label, static.full.sizes),)
 
 
-_LOOKUP = Op("lookup", _run, _vjp, _jvp)
+def _show(call: Call, hidden: Hidden, operands: tuple[bool, bool], results: tuple[bool]) -> _Static:
+    static: _Static = call.static
+    here = (*operands, *results) if static.kind == "take" else (operands[0], results[0], operands[1])
+    types = (t.shown(hidden if shows else None, call.env) for t, shows in zip(static.types, here, strict=True))
+    return static._replace(types=_Types(*types))
+
+
+_LOOKUP = Op("lookup", _run, _vjp, _jvp, _show)
 
 
 def _take(axes: _Axes, indices: Tensor, table: Tensor, inside: Tensor | None = None) -> Tensor:

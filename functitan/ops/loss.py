@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from functitan.axes import Axes, parse_axes, parse_signature, write_axes
 from functitan.errors import PatternError, report
-from functitan.ops.contraction import Type, contract, resolve
-from functitan.ops.function import Call, Op, apply
+from functitan.ops.contraction import Type, check_cotangents, contract, lift, resolve
+from functitan.ops.function import Call, Hidden, Op, apply, hidden_axes
 from functitan.ops.reduce import reduce
 from functitan.sharding.collectives import Label, run_step
 from functitan.sharding.context import Env, current
@@ -68,12 +68,14 @@ class _Static(NamedTuple):
 
 
 def _sharded(axes: Axes, rows: Axes, vocab: str, logits: Tensor, labels: Tensor, ignore_index: int, env: Env, label: Label) -> Tensor:
-    typed = Contraction((Type(axes), Type(rows)), (Type(axes),), (Term(0, (0, 1)),), ())  # type: ignore[arg-type]
-    full, levels = resolve(typed, (logits, labels), env, label)
+    every = tuple(sorted({*hidden_axes(logits, env), *hidden_axes(labels, env)}))
+    logits, labels = lift(Type(axes), logits, every, env, label), lift(Type(rows), labels, every, env, label)
+    typed = Contraction((Type(axes), Type(rows)), (Type(axes),), (Term(0, (0, 1)),), ())
+    full, _ = resolve(typed, (logits, labels), env, label)
     static = _Static(axes, vocab, full.results[0], full.sizes, ignore_index, label)  # type: ignore[arg-type]
     inner = static.row_type(axes)
     labels = _move(Type(rows), inner, labels, env, label)
-    call = Call(_CROSS_ENTROPY, env, static, (levels[0][0], levels[0][1]), (levels[1][0], levels[1][0]))
+    call = Call(_CROSS_ENTROPY, env, static, (every, every), (every, every))
     loss, _ = apply(call, logits, labels)
     return _move(inner, Type(rows), loss, env, label)
 
@@ -87,7 +89,6 @@ def _run(call: Call, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     static: _Static = call.static
     place, dims = static.layout.axes.index(static.vocab), static.layout.of(static.vocab)
     step = Step("all_reduce", dims)
-    labels = labels.expand(logits.select(place, 0).shape)
     top = logits.amax(place)
     top = run_step(top, step, call.env, static.label, "max") if dims else top
     top = torch.where(top.isinf(), torch.zeros_like(top), top)
@@ -111,13 +112,13 @@ def _own_labels(static: _Static, labels: Tensor, size: int, env: Env) -> tuple[T
 def _vjp(call: Call, tensors: tuple[Tensor, ...], results: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], wanted: tuple[int, ...]):
     """d logits = softmax * (g_loss + g_lse) - onehot * g_loss, every factor where the logits lie."""
     static: _Static = call.static
-    logits, labels = tensors
     env = call.transposed()
+    (logits,), (labels, lse, *grads) = _together(static, [tensors[0]], [tensors[1], results[1], *grads], env)
     place, last = static.axes.index(static.vocab), logits.dim()
     spread = lambda x: _spread(static, x, env)  # noqa: E731
     chosen = logits.new_zeros(())
     at, inside = _own_labels(static, labels, logits.shape[place], env)
-    soft = (logits - spread(results[1])).exp()
+    soft = (logits - spread(lse)).exp()
     positions = torch.arange(logits.shape[place], device=logits.device).view([-1 if i == place else 1 for i in range(last)])
     chosen = (positions == at.unsqueeze(place)) & inside.unsqueeze(place)
     g_loss, g_lse = grads
@@ -128,6 +129,17 @@ def _vjp(call: Call, tensors: tuple[Tensor, ...], results: tuple[Tensor, ...], g
     if g_lse is not None:
         out = soft * spread(g_lse) if out is None else out + soft * spread(g_lse)
     return (out,)
+
+
+def _together(static: _Static, wide: list[Any], rows: list[Any], env: Env) -> list[list[Any]]:
+    """Tensors like the logits and like rows, with every hidden axis that any of them has: derivatives may bring new ones."""
+    every = tuple(sorted({hidden for x in (*wide, *rows) if x is not None for hidden in hidden_axes(x, env, frozenset(static.axes))}))
+    types = Type(static.axes, layout=static.layout), static.row_type(static.axes)
+    check_cotangents([(static.axes, static.layout, types[0].resolve(every, env))], static.label, env)
+    return [
+        [None if x is None else lift(own, x, every, env, static.label) for x in tensors]
+        for own, tensors in zip(types, (wide, rows), strict=True)
+    ]
 
 
 def _spread(static: _Static, x: Tensor, env: Env) -> Tensor:
@@ -141,12 +153,12 @@ def _spread(static: _Static, x: Tensor, env: Env) -> Tensor:
 def _jvp(call: Call, tensors: tuple[Tensor, ...], results: tuple[Tensor, ...], given: tuple[Tensor | None, ...]):
     """Tangents of (loss, logsumexp): <softmax - onehot, t> and <softmax, t> over the whole vocabulary."""
     static: _Static = call.static
-    logits, labels = tensors
-    t, env = given[0], call.env
+    env = call.env
+    (logits, t), (labels, lse) = _together(static, [tensors[0], given[0]], [tensors[1], results[1]], env)
     assert t is not None
     place = static.axes.index(static.vocab)
     at, inside = _own_labels(static, labels, logits.shape[place], env)
-    soft = (logits - _spread(static, results[1], env)).exp()
+    soft = (logits - _spread(static, lse, env)).exp()
     typed = Contraction((Type(static.axes, layout=static.layout),), (static.row_type(static.axes),), (Term(0, (0,)),), static.sizes)  # type: ignore[arg-type]
     positions = torch.arange(logits.shape[place], device=logits.device).view([-1 if i == place else 1 for i in range(logits.dim())])
     chosen = (positions == at.unsqueeze(place)) & inside.unsqueeze(place)
@@ -155,7 +167,12 @@ def _jvp(call: Call, tensors: tuple[Tensor, ...], results: tuple[Tensor, ...], g
     return torch.where(labels == static.ignore_index, 0.0, of_lse - picked), of_lse
 
 
-_CROSS_ENTROPY = Op("cross_entropy", _run, _vjp, _jvp, saves_results=True)
+def _show(call: Call, hidden: Hidden, operands: tuple[bool, bool], results: tuple[bool, bool]) -> _Static:
+    static: _Static = call.static
+    return static._replace(axes=(hidden.axis, *static.axes))
+
+
+_CROSS_ENTROPY = Op("cross_entropy", _run, _vjp, _jvp, _show, saves_results=True)
 
 
 @lru_cache(maxsize=None)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from functitan.axes import Axes, parse_signature, write_axes
 from functitan.errors import PatternError, nearest, report
-from functitan.ops.contraction import Type, check_meets_batched, contract, resolve
-from functitan.ops.function import Call, Op, apply
+from functitan.ops.contraction import Type, contract, lift, resolve
+from functitan.ops.function import vmaps_around
 from functitan.ops.local import product
 from functitan.sharding.collectives import Label
 from functitan.sharding.context import Env, current
@@ -68,9 +68,9 @@ def broadcast(pattern: str, x: Tensor, **sizes: int) -> Tensor:
         raise PatternError(report(f"broadcast({pattern!r})", problems, "ft.reduce takes axes away, ft.broadcast adds them"))
     if env.mesh is None:
         return product((axes,), result, (x,), tuple((axis, sizes.get(axis, 1)) for axis in new))
+    x = lift(Type(axes), x, vmaps_around(env), env, label)  # it will meet tensors of each example
     typed = _contraction(axes, result)
     (layout,) = resolve(typed._replace(sizes=tuple((axis, 0) for axis in new)), (x,), env, label)[0].results
-    check_meets_batched(result, layout, env, label)
     known = tuple((axis, sizes.get(axis, env.mesh.sizes.size(layout.of(axis)))) for axis in new)
     bad = [f"axis {axis!r} of size {size} is not divisible by {layout.of(axis)}" for axis, size in known
            if size % env.mesh.sizes.size(layout.of(axis))]

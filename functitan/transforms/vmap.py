@@ -23,6 +23,8 @@ def vmap(fn: Callable[..., Any], in_dims: Any = 0, *, axis: str, out_dims: int =
     `in_dims` gives the axis's place in each argument (an int, `None`, or a tree or tuple of them, as in
     `torch.func.vmap`); it is at `out_dims` of each result. Per-example gradients are `ft.vmap(ft.grad(loss), (None, 0),
     axis="batch")`; parameters that the axis's mesh dims shard are resharded first, and an error says so.
+    Give the axis the first rule of the table, so that it lies alike in every argument. Arguments without the axis meet
+    those with it in named ops (`ft.broadcast` before elementwise ones), and every result depends on one that has it.
 
     >>> x = torch.arange(6.0).view(3, 2)
     >>> vmap(lambda row: row.sum(), axis="batch")(x)
