@@ -1,4 +1,6 @@
-"""functitan: functional SPMD training in pure PyTorch. Every tensor axis has a name; one table maps names to the mesh."""
+"""Functional SPMD training in pure PyTorch: every tensor axis has a name, and one table maps names to mesh dims."""
+
+from typing import TYPE_CHECKING
 
 from functitan import metrics, models, nn, optim, random, tree
 from functitan.axes import parse_axes
@@ -27,9 +29,61 @@ from functitan.sharding.init import init
 from functitan.sharding.launch import launch
 from functitan.sharding.rules import AxisRules
 from functitan.sharding.virtual import simulate
+from functitan.train import TrainState, train_step
 from functitan.transforms.grad import grad, hvp, jvp, value_and_grad
 from functitan.transforms.vmap import vmap
-from functitan.train import TrainState, train_step
+
+if TYPE_CHECKING:
+    from functitan import data
+
+__all__ = [
+    "AxisRules",
+    "CollectiveError",
+    "DonatedError",
+    "FunctitanError",
+    "LayoutError",
+    "MeshError",
+    "Param",
+    "PatternError",
+    "RulesError",
+    "TrainState",
+    "as_mesh",
+    "attention",
+    "broadcast",
+    "constrain",
+    "cross_entropy",
+    "data",
+    "dropout",
+    "einsum",
+    "explain",
+    "grad",
+    "hvp",
+    "init",
+    "iota",
+    "jvp",
+    "launch",
+    "make_mesh",
+    "metrics",
+    "models",
+    "nn",
+    "optim",
+    "parse_axes",
+    "random",
+    "record",
+    "reduce",
+    "reshard",
+    "rms_norm",
+    "select",
+    "shard",
+    "simulate",
+    "spmd",
+    "take",
+    "train_step",
+    "tree",
+    "unshard",
+    "value_and_grad",
+    "vmap",
+]
 
 
 def __getattr__(name: str):

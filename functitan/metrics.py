@@ -18,7 +18,8 @@ from functitan import tree
 def num_params(declarations: tree.Tree) -> int:
     """Number of parameters.
 
-    >>> num_params({"w": Param("embed mlp", (2, 3))})
+    >>> import functitan as ft
+    >>> num_params({"w": ft.Param("embed mlp", (2, 3))})
     6
     """
     return sum(math.prod(param.shape) for param in tree.leaves(declarations))

@@ -158,15 +158,19 @@ def test_the_transpose_of_a_gather_sums_in_the_dtype_given():
         outs = on_mesh(back, x, y)
     assert all((out == 260).all() for out in outs)
     assert [(e.collective, e.phase, e.dtype) for e in ledger] == [
-        ("all_gather", "forward", torch.bfloat16), ("reduce_scatter", "backward", torch.float32),
+        ("all_gather", "forward", torch.bfloat16),
+        ("reduce_scatter", "backward", torch.float32),
     ]
 
 
 def test_the_ledger_counts_the_bytes_that_one_rank_sends():
     n, local = 4, 8 * 4 * 3 * 8
     expected = {
-        "all_gather": (n - 1) * local, "reduce_scatter": (n - 1) * local // n, "all_reduce": 2 * (n - 1) * local // n,
-        "all_to_all": (n - 1) * local // n, "permute": local,
+        "all_gather": (n - 1) * local,
+        "reduce_scatter": (n - 1) * local // n,
+        "all_reduce": 2 * (n - 1) * local // n,
+        "all_to_all": (n - 1) * local // n,
+        "permute": local,
     }
     for case in LINEAR:
         with ft.record() as ledger:

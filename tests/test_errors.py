@@ -11,9 +11,14 @@ import torch
 import functitan as ft
 from functitan.sharding import collectives
 
-RULES = ft.AxisRules({
-    "batch": ("dp", "fsdp"), "seq": "cp", "embed": "fsdp", "mlp": "tp",
-})
+RULES = ft.AxisRules(
+    {
+        "batch": ("dp", "fsdp"),
+        "seq": "cp",
+        "embed": "fsdp",
+        "mlp": "tp",
+    }
+)
 MATMUL = "batch embed, embed mlp -> batch mlp"
 
 
@@ -52,7 +57,8 @@ BAD = {  # what is wrong: (the call, the kind of error, its whole text)
         shard(
             {"layers": [{"up": ones(8, 6)}, {"up": ones(6, 7)}], "x": ones(5, 3)},
             {"layers": "embed mlp", "x": "batch embed"},
-            fsdp=3, dp=2,
+            fsdp=3,
+            dp=2,
         ),
         ft.LayoutError,
         """\

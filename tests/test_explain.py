@@ -110,7 +110,7 @@ def test_higher_derivatives_through_attention_are_noted():
         (dict(mesh=dict(fsdp=2)), r"rules is None(.|\n)*give a table"),
         (dict(mesh=None, rules=RULES), r"mesh is None(.|\n)*mesh=dict\(fsdp=64, tp=8\)"),
         (dict(mesh=dict(fsdp=0), rules=RULES), r"mesh dim 'fsdp' has size 0"),
-        (dict(mesh=dict(tp=2), rules=RULES.replace(mlp="fdsp")), r"'mlp': unknown mesh dim 'fdsp' \(did you mean 'fsdp'\?\)"),
+        (dict(mesh=dict(tp=2), rules=RULES.replace(mlp="fdsp")), r"unknown mesh dim 'fdsp' \(did you mean 'fsdp'\?\)"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named_before_the_run(options, text):

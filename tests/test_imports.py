@@ -19,7 +19,7 @@ LAYERS = [
     ["sharding.mesh", "sharding.rules", "sharding.layout", "sharding.contraction", "sharding.moves", "sharding.choice"]
     + ["sharding.plan"],
     ["sharding.context", "sharding.distributed", "sharding.virtual", "sharding.ledger"]
-    + ["sharding.collectives", "sharding.explain", "sharding.init", "sharding.launch", "sharding"],
+    + ["sharding.steps", "sharding.collectives", "sharding.explain", "sharding.init", "sharding.launch", "sharding"],
     ["ops", "ops.*"],
     ["nn", "nn.*", "transforms", "transforms.*"],
     ["models", "models.*", "pipeline", "pipeline.*", "optim", "optim.*"],
@@ -29,7 +29,14 @@ LAYERS = [
 STRANGERS = [{"nn", "transforms"}]  # packages that do not import each other
 COLLECTIVES_AT_HOME = LAYERS[3]  # the only users of torch.distributed's collectives
 PYTREES_AT_HOME = ["tree"]  # the only importer of optree and torch's pytree
-OPTIONAL = {"datasets", "dill", "matplotlib", "rich", "tiktoken", "transformers"}  # heavy: a function may import them itself
+OPTIONAL = {
+    "datasets",
+    "dill",
+    "matplotlib",
+    "rich",
+    "tiktoken",
+    "transformers",
+}  # heavy: a function may import them itself
 MAX_LINES = 300
 
 COLLECTIVE = re.compile(

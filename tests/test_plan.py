@@ -20,10 +20,18 @@ from functitan.sharding.plan import Plan, plan
 from functitan.testing.sharded import sharded
 from functitan.testing.strategies import AXES, axis_sizes, meshes, rules_tables, signatures
 
-RULES = ft.AxisRules({
-    "batch": ("dp", "fsdp"), "heads": "tp", "kv_heads": "tp", "mlp": "tp", "vocab": "tp", "seq": ("cp", "tp"),
-    "embed": ("fsdp", "cp"), "head_dim": None,
-})
+RULES = ft.AxisRules(
+    {
+        "batch": ("dp", "fsdp"),
+        "heads": "tp",
+        "kv_heads": "tp",
+        "mlp": "tp",
+        "vocab": "tp",
+        "seq": ("cp", "tp"),
+        "embed": ("fsdp", "cp"),
+        "head_dim": None,
+    }
+)
 SIZES = {"batch": 8, "seq": 8, "embed": 16, "mlp": 32, "heads": 4, "kv_heads": 2, "head_dim": 4}
 
 
@@ -113,7 +121,11 @@ def test_several_results_gather_what_they_share_once():
     def qkv(x, q, k, v):
         return ft.einsum(
             "batch seq embed, embed heads head_dim, embed kv_heads head_dim, embed kv_heads head_dim"
-            " -> batch seq heads head_dim, batch seq kv_heads head_dim, batch seq kv_heads head_dim", x, q, k, v,
+            " -> batch seq heads head_dim, batch seq kv_heads head_dim, batch seq kv_heads head_dim",
+            x,
+            q,
+            k,
+            v,
         )
 
     kv = "embed kv_heads head_dim"

@@ -14,11 +14,23 @@ import torch
 import functitan as ft
 from functitan.sharding.context import current
 
-RULES = ft.AxisRules({
-    "batch": "fsdp", "heads": "tp", "mlp": "tp", "vocab": "tp", "seq": "tp", "embed": "fsdp", "head_dim": None,
-})
+RULES = ft.AxisRules(
+    {
+        "batch": "fsdp",
+        "heads": "tp",
+        "mlp": "tp",
+        "vocab": "tp",
+        "seq": "tp",
+        "embed": "fsdp",
+        "head_dim": None,
+    }
+)
 PATTERNS = {
-    "table": "vocab embed", "scale": "embed", "q": "embed heads head_dim", "up": "embed mlp", "out": "embed vocab",
+    "table": "vocab embed",
+    "scale": "embed",
+    "q": "embed heads head_dim",
+    "up": "embed mlp",
+    "out": "embed vocab",
 }
 SIZES = {"batch": 4, "seq": 4, "embed": 8, "heads": 2, "head_dim": 3, "mlp": 6, "vocab": 10}
 MESHES = [{"fsdp": 2}, {"tp": 2}, {"fsdp": 2, "tp": 2}]

@@ -6,7 +6,7 @@ from where they lie to the ranks whose queries need them, so their cotangents ar
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -16,12 +16,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from functitan.axes import Axes, parse_axes, write_axes
 from functitan.errors import PatternError, report
-from functitan.ops.contraction import Type, contract, lift, resolve
+from functitan.ops.contraction import contract, lift
 from functitan.ops.function import hidden_axes, needs_higher_derivatives
-from functitan.sharding.collectives import Label
+from functitan.ops.types import Type, resolve
 from functitan.sharding.context import Env, current
-from functitan.sharding.layout import Layout, check_rank
 from functitan.sharding.contraction import Contraction, Term
+from functitan.sharding.layout import Layout, check_rank
+from functitan.sharding.steps import Label
 
 _REPLICA = "_replica"
 _MATH = "attention runs on SDPA's math backend: the fused kernels have neither a second derivative nor forward mode"
@@ -64,7 +65,18 @@ def attention(
     return _sharded(axes, kv_axes, q, k, v, own, causal, scale, env, label)
 
 
-def _sharded(axes: Axes, kv_axes: Axes, q: Tensor, k: Tensor, v: Tensor, marks: _Marks, causal: bool, scale: float | None, env: Env, label: Label) -> Tensor:
+def _sharded(
+    axes: Axes,
+    kv_axes: Axes,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    marks: _Marks,
+    causal: bool,
+    scale: float | None,
+    env: Env,
+    label: Label,
+) -> Tensor:
     """Choose the layout of the local work from that of q, bring keys and values there, and attend."""
     assert env.mesh is not None
     seq, heads, head_dim = axes[-3:]
@@ -87,10 +99,15 @@ def _sharded(axes: Axes, kv_axes: Axes, q: Tensor, k: Tensor, v: Tensor, marks: 
     k, v = (_spread(kv_axes, x, kv_work, env, label) for x in (k, v))
     first = env.mesh.index(lq.of(seq)) * q.shape[-3]
     if not aligned:
-        k, v = (_heads_of_group(x, env.mesh.index(lq.of(heads)) * q.shape[-2], q.shape[-2], sizes[heads] // sizes[kv_heads]) for x in (k, v))
+        k, v = (
+            _heads_of_group(x, env.mesh.index(lq.of(heads)) * q.shape[-2], q.shape[-2], sizes[heads] // sizes[kv_heads])
+            for x in (k, v)
+        )
     marks_axes = axes[:-2]
     rows = Layout(work.axes[:-2], work.dims[:-2])
-    columns = Layout(rows.axes, tuple(() if axis == seq else dims for axis, dims in zip(rows.axes, rows.dims, strict=True)))
+    columns = Layout(
+        rows.axes, tuple(() if axis == seq else dims for axis, dims in zip(rows.axes, rows.dims, strict=True))
+    )
     of_rows = _Marks(*(None if x is None else _to(marks_axes, x, rows, env, label) for x in marks))
     of_columns = _Marks(*(None if x is None else _to(marks_axes, x, columns, env, label) for x in marks))
     mask = _mask(of_rows, of_columns, causal, q, first, k.shape[-3], everywhere=bool(lq.of(seq)))
@@ -99,7 +116,9 @@ def _sharded(axes: Axes, kv_axes: Axes, q: Tensor, k: Tensor, v: Tensor, marks: 
     return contract(typed, (out,), env, label)[0]
 
 
-def _layouts(axes: Axes, kv_axes: Axes, q: Tensor, k: Tensor, env: Env, label: Label) -> tuple[tuple[Layout, ...], dict[str, int]]:
+def _layouts(
+    axes: Axes, kv_axes: Axes, q: Tensor, k: Tensor, env: Env, label: Label
+) -> tuple[tuple[Layout, ...], dict[str, int]]:
     typed = Contraction((Type(axes), Type(kv_axes)), (Type(axes),), (Term(0, (0, 1)),), ())  # type: ignore[arg-type]
     full, _ = resolve(typed, (q, k), env, label)
     return full.operands, dict(full.sizes)  # type: ignore[return-value]
@@ -132,8 +151,10 @@ class _Marks(NamedTuple):
     segments: Tensor | None
 
 
-def _mask(rows: _Marks, columns: _Marks, causal: bool, q: Tensor, first: int, length: int, everywhere: bool = False) -> Tensor | None:
-    """Which keys a query sees, [*batch, 1, queries, keys]; `None` where SDPA's own causal mask, or none, says the same."""
+def _mask(
+    rows: _Marks, columns: _Marks, causal: bool, q: Tensor, first: int, length: int, everywhere: bool = False
+) -> Tensor | None:
+    """Which keys a query sees, [*batch, 1, queries, keys]; `None` where SDPA's own causal mask, or none, will do."""
     (positions, segments), (key_positions, key_segments) = rows, columns
     seen = None
     if causal and (positions is not None or everywhere):
@@ -162,7 +183,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sc
     return out.transpose(-3, -2)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _parse(pattern: str) -> tuple[Axes, Axes]:
     operands = tuple(parse_axes(part.strip()) for part in pattern.split(","))
     problems = []
@@ -171,7 +192,9 @@ def _parse(pattern: str) -> tuple[Axes, Axes]:
     else:
         q, kv = operands
         if len(q) < 3 or len(q) != len(kv):
-            problems.append(f"{write_axes(q)!r} and {write_axes(kv)!r}: each has batch axes, positions, heads, head_dim")
+            problems.append(
+                f"{write_axes(q)!r} and {write_axes(kv)!r}: each has batch axes, positions, heads, head_dim"
+            )
         elif q[:-2] != kv[:-2] or q[-1] != kv[-1]:
             problems.append(f"{write_axes(q)!r} and {write_axes(kv)!r} differ in more than the heads")
     if problems:

@@ -11,7 +11,7 @@ from torch import Tensor
 from functitan import random
 from functitan.axes import parse_axes
 from functitan.errors import FunctitanError, report
-from functitan.ops.contraction import layout_here
+from functitan.ops.types import layout_here
 from functitan.sharding.context import current
 from functitan.sharding.layout import Layout, block_of, check_rank, global_shape
 

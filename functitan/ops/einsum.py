@@ -1,11 +1,11 @@
 """`ft.einsum`: products of named tensors that work out their own communication.
 
-Invariant: without a mesh, or where nothing has to move, it is a few plain torch ops; the value is the same on every mesh.
+Invariant: the value is the same on every mesh; without one, or where nothing has to move, it is a few plain torch ops.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,11 +13,12 @@ from torch import Tensor
 
 from functitan.axes import Signature, parse_signature, write_axes
 from functitan.errors import PatternError, nearest, report
-from functitan.ops.contraction import Type, contract
+from functitan.ops.contraction import contract
 from functitan.ops.local import product
-from functitan.sharding.collectives import Label
+from functitan.ops.types import Type
 from functitan.sharding.context import current
 from functitan.sharding.contraction import Contraction, terms_of
+from functitan.sharding.steps import Label
 
 
 def einsum(pattern: str, *tensors: Tensor) -> Any:
@@ -55,7 +56,7 @@ def _products(signature: Signature, tensors: tuple[Tensor, ...]) -> tuple[Tensor
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _parse(pattern: str) -> tuple[Signature, Contraction]:
     signature = parse_signature(pattern)
     operands, results = signature
@@ -66,26 +67,36 @@ def _parse(pattern: str) -> tuple[Signature, Contraction]:
     problems = []
     for term, result in zip(terms, results, strict=True):
         known = {axis for i in term.operands for axis in operands[i]}
-        problems += [f"result {write_axes(result)!r} has axis {axis!r}{nearest(axis, known)}, which none of its operands has"
-                     for axis in result if axis not in known]
+        problems += [
+            f"result {write_axes(result)!r} has axis {axis!r}{nearest(axis, known)}, which none of its operands has"
+            for axis in result
+            if axis not in known
+        ]
     if problems:
-        raise PatternError(report(f"einsum({pattern!r})", problems, "ft.broadcast gives a tensor an axis that it lacks"))
+        raise PatternError(
+            report(f"einsum({pattern!r})", problems, "ft.broadcast gives a tensor an axis that it lacks")
+        )
     typed = Contraction(tuple(map(Type, operands)), tuple(map(Type, results)), terms, ())  # type: ignore[arg-type]
     return signature, typed
 
 
-@lru_cache(maxsize=None)
+@cache
 def _check_local(pattern: str, signature: Signature, shapes: tuple[torch.Size, ...]) -> None:
     _check_count(pattern, signature, len(shapes))
     sizes: dict[str, int] = {}
     problems = []
     for i, (axes, shape) in enumerate(zip(signature.operands, shapes, strict=True)):
         if len(axes) != len(shape):
-            problems.append(f"operand {i} {write_axes(axes)!r} has {len(axes)} names, its tensor {len(shape)} dimensions: {tuple(shape)}")
+            problems.append(
+                f"operand {i} {write_axes(axes)!r} has {len(axes)} names, "
+                f"its tensor {len(shape)} dimensions: {tuple(shape)}"
+            )
             continue
         for axis, size in zip(axes, shape, strict=True):
             if sizes.setdefault(axis, size) != size:
-                problems.append(f"axis {axis!r} is {size} in operand {i} {write_axes(axes)!r} but {sizes[axis]} in an earlier one")
+                problems.append(
+                    f"axis {axis!r} is {size} in operand {i} {write_axes(axes)!r} but {sizes[axis]} in an earlier one"
+                )
     if problems:
         raise PatternError(report(f"einsum({pattern!r})", problems, "give each axis one size, in every operand"))
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch
+from torch._C import _functorch as functorch  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
 
 from functitan.sharding.collectives import refuse_forward_mode
@@ -58,7 +58,9 @@ class Call(NamedTuple):
     def shown(self, hidden: Hidden) -> Call:
         """The call below one vmap: its axis stands first in the tensors that have it, and derivatives see it there."""
         here = [tuple(hidden in own for own in tensors) for tensors in (self.operands, self.results)]
-        left = [tuple(tuple(h for h in own if h != hidden) for own in tensors) for tensors in (self.operands, self.results)]
+        left = [
+            tuple(tuple(h for h in own if h != hidden) for own in tensors) for tensors in (self.operands, self.results)
+        ]
         env = self.env._replace(vmap_axes=tuple(pair for pair in self.env.vmap_axes if pair[0] != hidden.level))
         return Call(self.op, env, self.op.show(self, hidden, *here), *left)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -18,12 +18,21 @@ from functitan.axes import Axes
 Product = Callable[..., Tensor]
 
 
-def product(operands: tuple[Axes, ...], result: Axes, tensors: tuple[Tensor, ...], new: tuple[tuple[str, int], ...] = ()) -> Tensor:
+def product(
+    operands: tuple[Axes, ...], result: Axes, tensors: tuple[Tensor, ...], new: tuple[tuple[str, int], ...] = ()
+) -> Tensor:
     """The product of the tensors, summed over the axes that the result lacks, expanded by `new` (axis, size)."""
     return _recipe(operands, result, new)(*tensors)
 
 
-@lru_cache(maxsize=None)
+def maximum(axes: Axes, result: Axes, x: Tensor) -> Tensor:
+    """The maximum over the axes that the result lacks."""
+    kept = tuple(axis for axis in axes if axis in result)
+    places = [i for i, axis in enumerate(axes) if axis not in result]
+    return product((kept,), result, (x.amax(places) if places else x,))
+
+
+@cache
 def _recipe(operands: tuple[Axes, ...], result: Axes, new: tuple[tuple[str, int], ...]) -> Product:
     if new:
         inner = _recipe(operands, tuple(axis for axis in result if axis not in dict(new)), ())

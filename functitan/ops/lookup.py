@@ -6,24 +6,24 @@ the table never does: a rank answers for the rows it holds. Its transpose adds c
 
 from __future__ import annotations
 
-import math
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
 from functitan.axes import Axes, parse_axes, parse_signature, write_axes
 from functitan.errors import PatternError, report
-from functitan.ops.contraction import Type, check_cotangents, layout_here, lift, resolve
+from functitan.ops.contraction import lift
 from functitan.ops.function import Call, Hidden, Op, apply, hidden_axes
-from functitan.sharding.collectives import Label, run_step
-from functitan.sharding.context import Env, current
-from functitan.sharding.layout import Layout, check_rank, whole
+from functitan.ops.rows import LookupAxes, put_rows, take_rows
+from functitan.ops.types import Type, check_cotangents, layout_here, resolve
 from functitan.sharding.choice import Fixed
+from functitan.sharding.context import Env, current
 from functitan.sharding.contraction import Contraction, Term
+from functitan.sharding.layout import Layout, check_rank, whole
 from functitan.sharding.plan import Plan, plan
+from functitan.sharding.steps import Label, run_step
 
 
 def take(pattern: str, indices: Tensor, table: Tensor) -> Tensor:
@@ -40,13 +40,15 @@ def take(pattern: str, indices: Tensor, table: Tensor) -> Tensor:
     ids, rows, result = _parse(pattern)
     check_rank(ids, tuple(indices.shape), f"take({pattern!r}), indices")
     check_rank(rows, tuple(table.shape), f"take({pattern!r}), table")
-    return _lookup("take", _Types(Type(ids), Type(rows), Type(result)), indices, table, current(), Label("take", pattern), ())
+    return _lookup(
+        "take", _Types(Type(ids), Type(rows), Type(result)), indices, table, current(), Label("take", pattern), ()
+    )
 
 
 def select(pattern: str, x: Tensor, index: int | Tensor) -> Tensor:
     """Positions along an axis: `select("batch seq embed -> batch embed", x, -1)`, one for all.
 
-    With a tensor of indices its axes are the second operand: `select("batch seq embed, batch -> batch embed", x, last)`.
+    A tensor of indices has the axes of a second operand: `select("batch seq embed, batch -> batch embed", x, last)`.
     Negative indices count from the end. The axis goes, and the layout of the others is that of the result's pattern.
 
     >>> select("batch seq -> batch", torch.arange(6).view(2, 3), -1)
@@ -56,14 +58,15 @@ def select(pattern: str, x: Tensor, index: int | Tensor) -> Tensor:
     if len(signature.operands) == 1 and not isinstance(index, Tensor):
         turned = f", {write_axes(signature.operands[0])} -> {write_axes(signature.results[0])}"
     elif len(signature.operands) == 2 and isinstance(index, Tensor):
-        turned = f"{write_axes(signature.operands[1])}, {write_axes(signature.operands[0])} -> {write_axes(signature.results[0])}"
+        rows, ids = map(write_axes, signature.operands)
+        turned = f"{ids}, {rows} -> {write_axes(signature.results[0])}"
     else:
         problem = f"{len(signature.operands)} operands and an index of type {type(index).__name__}"
         fix = "write 'batch seq -> batch' for an int, 'batch seq, batch -> batch' for a tensor of indices"
         raise PatternError(report(f"select({pattern!r})", [problem], fix))
     ids, rows, result = _parse(turned)
     check_rank(rows, tuple(x.shape), f"select({pattern!r})")
-    env, label, axes = current(), Label("select", pattern), _Axes(ids, rows, result)
+    env, label, axes = current(), Label("select", pattern), LookupAxes(ids, rows, result)
     (size,) = (size for axis, size in _sizes(axes, x, env, label).items() if axis == axes.looked_up)
     if isinstance(index, Tensor):
         indices = torch.where(index < 0, index + size, index)
@@ -105,18 +108,6 @@ def iota(pattern: str, axis: str, like: Tensor | None = None, **sizes: int) -> T
     return row.view([-1 if a == axis else 1 for a in axes]).expand(shape)
 
 
-class _Axes(NamedTuple):
-    """The visible axes of indices, table and result."""
-
-    indices: Axes
-    table: Axes
-    result: Axes
-
-    @property
-    def looked_up(self) -> str:
-        return next(axis for axis in self.table if axis not in self.result)
-
-
 class _Types(NamedTuple):
     """The types of indices, table and result."""
 
@@ -125,8 +116,8 @@ class _Types(NamedTuple):
     result: Type
 
     @property
-    def axes(self) -> _Axes:
-        return _Axes(self.indices.axes, self.table.axes, self.result.axes)
+    def axes(self) -> LookupAxes:
+        return LookupAxes(self.indices.axes, self.table.axes, self.result.axes)
 
 
 class _Static(NamedTuple):
@@ -138,12 +129,20 @@ class _Static(NamedTuple):
 
 
 def _lookup(
-    kind: str, types: _Types, indices: Tensor, x: Tensor, env: Env, label: Label, known: tuple[tuple[str, int], ...],
+    kind: str,
+    types: _Types,
+    indices: Tensor,
+    x: Tensor,
+    env: Env,
+    label: Label,
+    known: tuple[tuple[str, int], ...],
     own: Layout | None = None,
 ) -> Tensor:
     axes = types.axes
     if env.mesh is None:
-        return _take(axes, indices, x) if kind == "take" else _put(axes, indices, x, dict(known)[axes.looked_up])
+        return (
+            take_rows(axes, indices, x) if kind == "take" else put_rows(axes, indices, x, dict(known)[axes.looked_up])
+        )
     if kind == "put":  # each position of the indices' hidden axes has a table of its own
         x = lift(types.result, x, hidden_axes(indices, env), env, label)
     source, target = (types.table, types.result) if kind == "take" else (types.result, types.table)
@@ -152,7 +151,9 @@ def _lookup(
     table = full.operands[1] if kind == "take" else full.results[0]
     if own is not None:
         check_cotangents([(axes.table, own, table)], label, env)
-    fixed = Fixed(tuple((dim, axis) for axis, dims in zip(table.axes, table.dims, strict=True) for dim in dims), (axes.looked_up,))
+    fixed = Fixed(
+        tuple((dim, axis) for axis, dims in zip(table.axes, table.dims, strict=True) for dim in dims), (axes.looked_up,)
+    )
     static = _Static(kind, types, full, plan(full, env.mesh.sizes, fixed), label)
     return apply(Call(_LOOKUP, env, static, *hidden), indices, x)[0]
 
@@ -160,7 +161,7 @@ def _lookup(
 def _run(call: Call, *tensors: Tensor) -> tuple[Tensor]:
     static: _Static = call.static
     assert call.env.mesh is not None
-    (group,), = static.plan.results
+    ((group,),) = static.plan.results
     (item,) = group.products
     moved = []
     for i in item.moved:
@@ -171,16 +172,16 @@ def _run(call: Call, *tensors: Tensor) -> tuple[Tensor]:
         moved.append(x)
     layouts = (*static.full.operands, *static.full.results)
     ids, table, result = layouts if static.kind == "take" else (layouts[0], layouts[2], layouts[1])
-    full = _Axes(ids.axes, table.axes, result.axes)
+    full = LookupAxes(ids.axes, table.axes, result.axes)
     shards = table.of(full.looked_up)
     size = dict(static.full.sizes)[full.looked_up] // call.env.mesh.sizes.size(shards)
     local = moved[0] - call.env.mesh.index(shards) * size if shards else moved[0]
     inside = (local >= 0) & (local < size) if shards else None
     local = local if inside is None else local.clamp(0, size - 1)
     if static.kind == "take":
-        out = _take(full, local, moved[1], inside)
+        out = take_rows(full, local, moved[1], inside)
     else:
-        out = _put(full, local, moved[1], size, inside)
+        out = put_rows(full, local, moved[1], size, inside)
     for step in group.steps:
         out = run_step(out, step, call.env, static.label)
     return (out,)
@@ -210,71 +211,7 @@ def _show(call: Call, hidden: Hidden, operands: tuple[bool, bool], results: tupl
 _LOOKUP = Op("lookup", _run, _vjp, _jvp, _show)
 
 
-def _take(axes: _Axes, indices: Tensor, table: Tensor, inside: Tensor | None = None) -> Tensor:
-    """Rows of a plain table; zeros where not `inside`. Plain torch ops, differentiable in the table."""
-    shared, own, rest = _groups(axes)
-    if not shared and axes.table[0] == axes.looked_up and len(axes.table) == 2 and table.is_floating_point():
-        out = embedding(indices, table)
-    elif not shared:
-        rows = table.movedim(axes.table.index(axes.looked_up), 0)
-        out = rows.index_select(0, indices.reshape(-1)).reshape(indices.shape + rows.shape[1:])
-    else:
-        flat, ids, shape = _flat_table(axes, table), _flat_indices(axes, indices), _shape(axes, indices, table)
-        out = flat.gather(1, ids.unsqueeze(-1).expand(-1, -1, flat.shape[2])).reshape(shape)
-    if inside is not None:
-        turned = inside.permute([axes.indices.index(axis) for axis in shared + own])
-        out = out * turned.reshape(turned.shape + (1,) * len(rest))
-    made = shared + own + rest
-    return out.permute([made.index(axis) for axis in axes.result])
-
-
-def _put(axes: _Axes, indices: Tensor, g: Tensor, size: int, inside: Tensor | None = None) -> Tensor:
-    """Cotangents added into the rows of a zero table with `size` rows; those not `inside` are left out."""
-    shared, own, rest = _groups(axes)
-    made = shared + own + rest
-    g = g.permute([axes.result.index(axis) for axis in made])
-    sizes = dict(zip(made, g.shape, strict=True))
-    ids = _flat_indices(axes, indices)
-    flat = g.reshape(ids.shape[0], ids.shape[1], math.prod(sizes[axis] for axis in rest))
-    if inside is not None:
-        flat = flat * _flat_indices(axes, inside).unsqueeze(-1)
-    if shared:
-        table = g.new_zeros(ids.shape[0], size, flat.shape[2]).scatter_add(1, ids.unsqueeze(-1).expand_as(flat), flat)
-    else:
-        table = g.new_zeros(size, flat.shape[2]).index_add(0, ids[0], flat[0])
-    order = (*shared, axes.looked_up, *rest)
-    table = table.reshape([size if axis == axes.looked_up else sizes[axis] for axis in order])
-    return table.permute([order.index(axis) for axis in axes.table])
-
-
-def _groups(axes: _Axes) -> tuple[Axes, Axes, Axes]:
-    """Axes shared by indices and table, those of the indices alone, and those of the table that go along."""
-    shared = tuple(axis for axis in axes.indices if axis in axes.table)
-    own = tuple(axis for axis in axes.indices if axis not in shared)
-    rest = tuple(axis for axis in axes.table if axis not in shared and axis != axes.looked_up)
-    return shared, own, rest
-
-
-def _flat_indices(axes: _Axes, indices: Tensor) -> Tensor:
-    """[shared, own]"""
-    shared, own, _ = _groups(axes)
-    turned = indices.permute([axes.indices.index(axis) for axis in shared + own])
-    return turned.reshape(math.prod(turned.shape[: len(shared)]), -1) if turned.numel() else turned.reshape(1, 0)
-
-
-def _flat_table(axes: _Axes, table: Tensor) -> Tensor:
-    """[shared, looked up, rest]"""
-    shared, _, rest = _groups(axes)
-    turned = table.permute([axes.table.index(axis) for axis in (*shared, axes.looked_up, *rest)])
-    return turned.reshape(math.prod(turned.shape[: len(shared)]), turned.shape[len(shared)], -1)
-
-
-def _shape(axes: _Axes, indices: Tensor, table: Tensor) -> list[int]:
-    shared, own, rest = _groups(axes)
-    return [indices.shape[axes.indices.index(a)] for a in shared + own] + [table.shape[axes.table.index(a)] for a in rest]
-
-
-def _sizes(axes: _Axes, x: Tensor, env: Env, label: Label) -> dict[str, int]:
+def _sizes(axes: LookupAxes, x: Tensor, env: Env, label: Label) -> dict[str, int]:
     """Global sizes of the table's axes."""
     if env.mesh is None:
         return dict(zip(axes.table, x.shape, strict=True))
@@ -282,7 +219,7 @@ def _sizes(axes: _Axes, x: Tensor, env: Env, label: Label) -> dict[str, int]:
     return dict(resolve(Contraction(*types, (Term(0, (0,)),), ()), (x,), env, label)[0].sizes)  # type: ignore[arg-type]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _parse(pattern: str) -> tuple[Axes, Axes, Axes]:
     signature = parse_signature(pattern)
     if len(signature.operands) != 2 or len(signature.results) != 1:
@@ -290,9 +227,15 @@ def _parse(pattern: str) -> tuple[Axes, Axes, Axes]:
         raise PatternError(report(f"take({pattern!r})", [problem], "write 'indices, table -> result'"))
     (ids, table), (result,) = signature
     gone = [axis for axis in table if axis not in result and axis not in ids]
-    problems = [] if len(gone) == 1 else [f"{gone} of the table are in neither indices nor result: one axis is looked up"]
-    lost = [axis for axis in ids if axis not in result] + [axis for axis in result if axis not in ids and axis not in table]
+    problems = (
+        [] if len(gone) == 1 else [f"{gone} of the table are in neither indices nor result: one axis is looked up"]
+    )
+    lost = [axis for axis in ids if axis not in result] + [
+        axis for axis in result if axis not in ids and axis not in table
+    ]
     problems += [f"axis {axis!r} must be in the result, and come from indices or table" for axis in lost]
     if problems:
-        raise PatternError(report(f"take({pattern!r})", problems, "write as in 'batch seq, vocab embed -> batch seq embed'"))
+        raise PatternError(
+            report(f"take({pattern!r})", problems, "write as in 'batch seq, vocab embed -> batch seq embed'")
+        )
     return ids, table, result

@@ -6,7 +6,7 @@ local.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -15,14 +15,15 @@ from torch.nn import functional
 
 from functitan.axes import Axes, parse_axes, parse_signature, write_axes
 from functitan.errors import PatternError, report
-from functitan.ops.contraction import Type, check_cotangents, contract, lift, resolve
+from functitan.ops.contraction import contract, lift
 from functitan.ops.function import Call, Hidden, Op, apply, hidden_axes
 from functitan.ops.reduce import reduce
-from functitan.sharding.collectives import Label, run_step
+from functitan.ops.types import Type, check_cotangents, resolve
 from functitan.sharding.context import Env, current
+from functitan.sharding.contraction import Contraction, Term
 from functitan.sharding.layout import Layout, check_rank
 from functitan.sharding.moves import Step
-from functitan.sharding.contraction import Contraction, Term
+from functitan.sharding.steps import Label, run_step
 
 IGNORE = -100
 
@@ -67,7 +68,9 @@ class _Static(NamedTuple):
         return Type(tuple(axis for axis in axes if axis != self.vocab), layout=self.layout)
 
 
-def _sharded(axes: Axes, rows: Axes, vocab: str, logits: Tensor, labels: Tensor, ignore_index: int, env: Env, label: Label) -> Tensor:
+def _sharded(
+    axes: Axes, rows: Axes, vocab: str, logits: Tensor, labels: Tensor, ignore_index: int, env: Env, label: Label
+) -> Tensor:
     every = tuple(sorted({*hidden_axes(logits, env), *hidden_axes(labels, env)}))
     logits, labels = lift(Type(axes), logits, every, env, label), lift(Type(rows), labels, every, env, label)
     typed = Contraction((Type(axes), Type(rows)), (Type(axes),), (Term(0, (0, 1)),), ())
@@ -109,19 +112,25 @@ def _own_labels(static: _Static, labels: Tensor, size: int, env: Env) -> tuple[T
     return torch.where(inside, at, 0), inside
 
 
-def _vjp(call: Call, tensors: tuple[Tensor, ...], results: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], wanted: tuple[int, ...]):
+def _vjp(
+    call: Call,
+    tensors: tuple[Tensor, ...],
+    results: tuple[Tensor, ...],
+    grads: tuple[Tensor | None, ...],
+    wanted: tuple[int, ...],
+):
     """d logits = softmax * (g_loss + g_lse) - onehot * g_loss, every factor where the logits lie."""
     static: _Static = call.static
     env = call.transposed()
-    (logits,), (labels, lse, *grads) = _together(static, [tensors[0]], [tensors[1], results[1], *grads], env)
+    (logits,), (labels, lse, g_loss, g_lse) = _together(static, [tensors[0]], [tensors[1], results[1], *grads], env)
     place, last = static.axes.index(static.vocab), logits.dim()
-    spread = lambda x: _spread(static, x, env)  # noqa: E731
-    chosen = logits.new_zeros(())
+    spread = lambda x: _spread(static, x, env)
     at, inside = _own_labels(static, labels, logits.shape[place], env)
     soft = (logits - spread(lse)).exp()
-    positions = torch.arange(logits.shape[place], device=logits.device).view([-1 if i == place else 1 for i in range(last)])
+    positions = torch.arange(logits.shape[place], device=logits.device).view(
+        [-1 if i == place else 1 for i in range(last)]
+    )
     chosen = (positions == at.unsqueeze(place)) & inside.unsqueeze(place)
-    g_loss, g_lse = grads
     out = None
     if g_loss is not None:
         counted = spread(torch.where(labels == static.ignore_index, 0.0, g_loss))
@@ -132,8 +141,12 @@ def _vjp(call: Call, tensors: tuple[Tensor, ...], results: tuple[Tensor, ...], g
 
 
 def _together(static: _Static, wide: list[Any], rows: list[Any], env: Env) -> list[list[Any]]:
-    """Tensors like the logits and like rows, with every hidden axis that any of them has: derivatives may bring new ones."""
-    every = tuple(sorted({hidden for x in (*wide, *rows) if x is not None for hidden in hidden_axes(x, env, frozenset(static.axes))}))
+    """Tensors like the logits and like rows, with every hidden axis that any has: derivatives may bring new ones."""
+    every = tuple(
+        sorted(
+            {hidden for x in (*wide, *rows) if x is not None for hidden in hidden_axes(x, env, frozenset(static.axes))}
+        )
+    )
     types = Type(static.axes, layout=static.layout), static.row_type(static.axes)
     check_cotangents([(static.axes, static.layout, types[0].resolve(every, env))], static.label, env)
     return [
@@ -144,7 +157,9 @@ def _together(static: _Static, wide: list[Any], rows: list[Any], env: Env) -> li
 
 def _spread(static: _Static, x: Tensor, env: Env) -> Tensor:
     """Rows over the vocabulary again; its transpose sums over the ranks that share a row."""
-    typed = Contraction((static.row_type(static.axes),), (Type(static.axes, layout=static.layout),), (Term(0, (0,)),), ())  # type: ignore[arg-type]
+    typed = Contraction(
+        (static.row_type(static.axes),), (Type(static.axes, layout=static.layout),), (Term(0, (0,)),), ()
+    )  # type: ignore[arg-type]
     assert env.mesh is not None
     size = env.mesh.sizes.size(static.layout.of(static.vocab))  # local size 1, which elementwise ops expand
     return contract(typed._replace(sizes=((static.vocab, size),)), (x,), env, static.label)[0]
@@ -159,8 +174,12 @@ def _jvp(call: Call, tensors: tuple[Tensor, ...], results: tuple[Tensor, ...], g
     place = static.axes.index(static.vocab)
     at, inside = _own_labels(static, labels, logits.shape[place], env)
     soft = (logits - _spread(static, lse, env)).exp()
-    typed = Contraction((Type(static.axes, layout=static.layout),), (static.row_type(static.axes),), (Term(0, (0,)),), static.sizes)  # type: ignore[arg-type]
-    positions = torch.arange(logits.shape[place], device=logits.device).view([-1 if i == place else 1 for i in range(logits.dim())])
+    typed = Contraction(
+        (Type(static.axes, layout=static.layout),), (static.row_type(static.axes),), (Term(0, (0,)),), static.sizes
+    )  # type: ignore[arg-type]
+    positions = torch.arange(logits.shape[place], device=logits.device).view(
+        [-1 if i == place else 1 for i in range(logits.dim())]
+    )
     chosen = (positions == at.unsqueeze(place)) & inside.unsqueeze(place)
     of_lse = contract(typed, (soft * t,), env, static.label)[0]
     picked = contract(typed, (torch.where(chosen, t, 0.0),), env, static.label)[0]
@@ -175,7 +194,7 @@ def _show(call: Call, hidden: Hidden, operands: tuple[bool, bool], results: tupl
 _CROSS_ENTROPY = Op("cross_entropy", _run, _vjp, _jvp, _show, saves_results=True)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _parse(pattern: str) -> tuple[Axes, Axes, Axes, str]:
     if "->" in pattern:
         signature = parse_signature(pattern)
@@ -189,7 +208,10 @@ def _parse(pattern: str) -> tuple[Axes, Axes, Axes, str]:
     else:
         gone = [axis for axis in operands[0] if axis not in operands[1]]
         if len(gone) != 1 or len(operands[1]) != len(operands[0]) - 1:
-            problems.append(f"labels {write_axes(operands[1])!r} must have all axes of logits {write_axes(operands[0])!r} but the vocabulary")
+            problems.append(
+                f"labels {write_axes(operands[1])!r} must have all axes of logits {write_axes(operands[0])!r} "
+                f"but the vocabulary"
+            )
         problems += [f"result axis {axis!r} is not in the labels" for axis in results[0] if axis not in operands[1]]
     if problems:
         fix = "write as in 'batch seq vocab, batch seq -> batch seq'"

@@ -7,7 +7,7 @@ transpose moves back.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -16,14 +16,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from functitan import tree
 from functitan.axes import Axes, parse_axes, parse_signature, write_axes
 from functitan.errors import LayoutError, MeshError, PatternError, report
-from functitan.ops.contraction import Type, contract, layout_here
+from functitan.ops.contraction import contract
+from functitan.ops.types import Type, layout_here
 from functitan.param import Param
-from functitan.sharding.collectives import Label
 from functitan.sharding.context import Env, as_mesh, current
+from functitan.sharding.contraction import Contraction, Term
 from functitan.sharding.layout import Layout, block_of, check_rank, divisibility, layout_of, whole
 from functitan.sharding.mesh import Mesh
-from functitan.sharding.contraction import Contraction, Term
 from functitan.sharding.rules import AxisRules, check_rules
+from functitan.sharding.steps import Label
 
 
 def constrain(pattern: str, x: Tensor) -> Tensor:
@@ -46,8 +47,8 @@ def constrain(pattern: str, x: Tensor) -> Tensor:
 def where_whole(pattern: str, axis: str, fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`fn` of a tensor moved so that one axis is whole on every rank, and its result moved back.
 
-    For functions that mix the positions of that axis and keep the shape, elementwise in all others; in the usual layouts
-    nothing moves.
+    For functions that mix the positions of that axis and keep the shape, elementwise in all others; in the usual
+    layouts nothing moves.
 
     >>> import torch
     >>> where_whole("batch embed", "embed", lambda x: x.flip(-1), torch.tensor([[1, 2]]))
@@ -84,7 +85,7 @@ def constrain_like(pattern: str, x: Tensor, like_pattern: str, like: Tensor) -> 
 def reshard(values: tree.Tree, patterns: tree.Tree, *, to_rules: AxisRules) -> tree.Tree:
     """Move a tree of shards from the rules in force to another table, inside `ft.spmd`. Transpose: the move back.
 
-    `patterns` is a tree (or a prefix) of patterns, or of `Param`s. Use the result inside `ft.spmd(..., rules=to_rules)`.
+    `patterns` is a tree or prefix of patterns, or of `Param`s. Use the result inside `ft.spmd(..., rules=to_rules)`.
     """
     env = current()
     if env.mesh is None:
@@ -94,7 +95,9 @@ def reshard(values: tree.Tree, patterns: tree.Tree, *, to_rules: AxisRules) -> t
     return _moved(values, patterns, env, env.rules, to_rules, "reshard")
 
 
-def shard(values: tree.Tree, patterns: tree.Tree, *, mesh: Mesh | DeviceMesh | None, rules: AxisRules | None) -> tree.Tree:
+def shard(
+    values: tree.Tree, patterns: tree.Tree, *, mesh: Mesh | DeviceMesh | None, rules: AxisRules | None
+) -> tree.Tree:
     """This rank's shards of a tree of global values, which every rank has. Nothing is sent.
 
     `patterns` is a tree or a prefix of patterns; `None` keeps a leaf whole. Raises `LayoutError` that lists every leaf
@@ -122,7 +125,9 @@ def shard(values: tree.Tree, patterns: tree.Tree, *, mesh: Mesh | DeviceMesh | N
     )
 
 
-def unshard(values: tree.Tree, patterns: tree.Tree, *, mesh: Mesh | DeviceMesh | None, rules: AxisRules | None) -> tree.Tree:
+def unshard(
+    values: tree.Tree, patterns: tree.Tree, *, mesh: Mesh | DeviceMesh | None, rules: AxisRules | None
+) -> tree.Tree:
     """The tree of global values, on every rank, of a tree of shards. Transpose: `shard`."""
     known = as_mesh(mesh)
     if known is None:
@@ -131,7 +136,9 @@ def unshard(values: tree.Tree, patterns: tree.Tree, *, mesh: Mesh | DeviceMesh |
     return _moved(values, patterns, env, env.rules, None, "unshard")
 
 
-def _moved(values: tree.Tree, patterns: tree.Tree, env: Env, rules: AxisRules | None, to: AxisRules | None, op: str) -> tree.Tree:
+def _moved(
+    values: tree.Tree, patterns: tree.Tree, env: Env, rules: AxisRules | None, to: AxisRules | None, op: str
+) -> tree.Tree:
     leaves, structure = tree.flatten(values)
     moved = []
     for x, axes in zip(leaves, _axes_of(values, patterns, f"ft.{op}"), strict=True):
@@ -160,11 +167,13 @@ def axes_of(pattern: Any) -> Axes | None:
 
 def _table(rules: AxisRules | None) -> AxisRules:
     if not isinstance(rules, AxisRules):
-        raise MeshError(report("sharding on a mesh", [f"rules is {rules!r}"], "give a table: rules=ft.AxisRules({...})"))
+        raise MeshError(
+            report("sharding on a mesh", [f"rules is {rules!r}"], "give a table: rules=ft.AxisRules({...})")
+        )
     return rules
 
 
-@lru_cache(maxsize=None)
+@cache
 def _parse(pattern: str) -> tuple[Axes, Axes]:
     signature = parse_signature(pattern)
     (axes, *more), (names, *others) = signature

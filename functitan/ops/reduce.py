@@ -7,20 +7,21 @@ the ranks that share it. After a broadcast, plain elementwise torch ops are righ
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from functitan.axes import Axes, parse_signature, write_axes
 from functitan.errors import PatternError, nearest, report
-from functitan.ops.contraction import Type, contract, lift, resolve
+from functitan.ops.contraction import contract, lift
 from functitan.ops.function import vmaps_around
 from functitan.ops.local import product
-from functitan.sharding.collectives import Label
+from functitan.ops.types import Type, resolve
 from functitan.sharding.context import Env, current
-from functitan.sharding.layout import check_rank
 from functitan.sharding.contraction import Contraction, Term
+from functitan.sharding.layout import check_rank
+from functitan.sharding.steps import Label
 
 _OPS = ("sum", "mean", "max", "logsumexp")
 
@@ -37,7 +38,9 @@ def reduce(pattern: str, x: Tensor, op: str = "sum") -> Tensor:
     """
     axes, result = _parse(pattern, "reduce")
     if op not in _OPS:
-        raise PatternError(report(f"reduce({pattern!r})", [f"op {op!r}{nearest(op, _OPS)}"], f"use one of {list(_OPS)}"))
+        raise PatternError(
+            report(f"reduce({pattern!r})", [f"op {op!r}{nearest(op, _OPS)}"], f"use one of {list(_OPS)}")
+        )
     check_rank(axes, tuple(x.shape), f"reduce({pattern!r})")
     env, label = current(), Label("reduce", pattern)
     if op == "sum":
@@ -53,7 +56,7 @@ def broadcast(pattern: str, x: Tensor, **sizes: int) -> Tensor:
     """Give a tensor axes that it lacks: `"embed -> batch seq embed"`. Transpose: the sum over them, over all ranks.
 
     A new axis has local size 1, which elementwise ops expand, unless `sizes` gives its global size. This is how a
-    parameter meets an activation elementwise: a plain `x * scale` would lose the sum of the scale's gradient over ranks.
+    parameter meets an activation elementwise: with a plain `x * scale`, the scale's gradient lacks its sum over ranks.
 
     >>> broadcast("embed -> batch embed", torch.ones(3)).shape, broadcast("a -> b a", torch.ones(3), b=2).shape
     (torch.Size([1, 3]), torch.Size([2, 3]))
@@ -65,15 +68,20 @@ def broadcast(pattern: str, x: Tensor, **sizes: int) -> Tensor:
     problems = [f"axis {axis!r} of the operand is not in the result" for axis in axes if axis not in result]
     problems += [f"a size is given for {axis!r}, which is not a new axis: {new}" for axis in sizes if axis not in new]
     if problems:
-        raise PatternError(report(f"broadcast({pattern!r})", problems, "ft.reduce takes axes away, ft.broadcast adds them"))
+        raise PatternError(
+            report(f"broadcast({pattern!r})", problems, "ft.reduce takes axes away, ft.broadcast adds them")
+        )
     if env.mesh is None:
         return product((axes,), result, (x,), tuple((axis, sizes.get(axis, 1)) for axis in new))
     x = lift(Type(axes), x, vmaps_around(env), env, label)  # it will meet tensors of each example
     typed = _contraction(axes, result)
     (layout,) = resolve(typed._replace(sizes=tuple((axis, 0) for axis in new)), (x,), env, label)[0].results
     known = tuple((axis, sizes.get(axis, env.mesh.sizes.size(layout.of(axis)))) for axis in new)
-    bad = [f"axis {axis!r} of size {size} is not divisible by {layout.of(axis)}" for axis, size in known
-           if size % env.mesh.sizes.size(layout.of(axis))]
+    bad = [
+        f"axis {axis!r} of size {size} is not divisible by {layout.of(axis)}"
+        for axis, size in known
+        if size % env.mesh.sizes.size(layout.of(axis))
+    ]
     if bad:
         raise PatternError(report(f"broadcast({pattern!r})", bad, "give a size that the mesh dims divide, or none"))
     return contract(typed._replace(sizes=known), (x,), env, label)[0]
@@ -131,7 +139,7 @@ def _logsumexp(axes: Axes, result: Axes, x: Tensor, env: Env, label: Label) -> T
     return _sum(axes, result, shifted.exp(), env, label).log() + top
 
 
-@lru_cache(maxsize=None)
+@cache
 def _parse(pattern: str, op: str) -> tuple[Axes, Axes]:
     signature = parse_signature(pattern)
     if len(signature.operands) != 1 or len(signature.results) != 1:
@@ -140,11 +148,16 @@ def _parse(pattern: str, op: str) -> tuple[Axes, Axes]:
     (axes,), (result,) = signature
     missing = [axis for axis in result if axis not in axes]
     if op == "reduce" and missing:
-        problems = [f"result {write_axes(result)!r} has axis {axis!r}{nearest(axis, axes)}, which the operand lacks" for axis in missing]
-        raise PatternError(report(f"reduce({pattern!r})", problems, "ft.broadcast gives a tensor an axis that it lacks"))
+        problems = [
+            f"result {write_axes(result)!r} has axis {axis!r}{nearest(axis, axes)}, which the operand lacks"
+            for axis in missing
+        ]
+        raise PatternError(
+            report(f"reduce({pattern!r})", problems, "ft.broadcast gives a tensor an axis that it lacks")
+        )
     return axes, result
 
 
-@lru_cache(maxsize=None)
+@cache
 def _contraction(axes: Axes, result: Axes) -> Contraction:
     return Contraction((Type(axes),), (Type(result),), (Term(0, (0,)),), ())  # type: ignore[arg-type]

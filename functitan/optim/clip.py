@@ -17,11 +17,11 @@ from functitan.ops.move import axes_of
 from functitan.optim.kernels import owned, scale_, squares, wide_dtype
 from functitan.optim.state import scalar_beside
 from functitan.optim.transform import GradientTransformation
-from functitan.sharding.collectives import Label, run_step
 from functitan.sharding.context import Env, current
 from functitan.sharding.layout import check_rank
 from functitan.sharding.moves import Step
 from functitan.sharding.rules import Dims
+from functitan.sharding.steps import Label, run_step
 
 
 class ClipState(NamedTuple):

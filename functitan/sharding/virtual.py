@@ -114,7 +114,9 @@ class _Table:
                 self.condition.notify_all()
         with self.condition:
             done = self.condition.wait_for(
-                lambda: key in self.results or bool(self.errors) or any(r in self.left and r not in there for r in group),
+                lambda: (
+                    key in self.results or bool(self.errors) or any(r in self.left and r not in there for r in group)
+                ),
                 self.timeout,
             )
             if key not in self.results:

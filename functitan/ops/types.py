@@ -1,0 +1,131 @@
+"""Types: what an op is told of a tensor, and the full layouts that follow from it where the op is called.
+
+Invariant: a layout is decided from all axes of a tensor, those that the caller's pattern shows and those that vmaps
+hide. The axes of one op have one global size each.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from functitan.axes import Axes, write_axes
+from functitan.errors import LayoutError, PatternError, report
+from functitan.ops.function import Hidden, Hiddens, hidden_axes
+from functitan.sharding.context import Env
+from functitan.sharding.contraction import Contraction
+from functitan.sharding.layout import Layout, layout_of
+from functitan.sharding.rules import AxisRules
+from functitan.sharding.steps import Label
+
+
+class Type(NamedTuple):
+    """What an op is told of a tensor: the axes the caller sees, and where their layout comes from.
+
+    The rules in force give the layout of `lookup` (by default `axes` itself; other names move a tensor by renaming), or
+    of the table `rules`; `layout` instead gives it outright.
+    """
+
+    axes: Axes
+    lookup: Axes | None = None
+    rules: AxisRules | None = None
+    layout: Layout | None = None
+
+    def resolve(self, hidden: Hiddens, env: Env) -> Layout:
+        """The full layout, hidden axes first. Inside an `ft.vmap` over an axis, what a pattern shows of it is whole."""
+        full = tuple(h.axis for h in hidden) + self.axes
+        if self.layout is not None:  # a hidden axis lies alike in all tensors, so others give way to one that is new
+            new = tuple(h for h in hidden if h.axis not in self.layout.axes)
+            over = dict(zip((h.axis for h in new), env.layout(tuple(h.name or h.axis for h in new)).dims, strict=True))
+            taken = {dim for dims in over.values() for dim in dims}
+            kept = {axis: tuple(d for d in self.layout.of(axis) if d not in taken) for axis in full}
+            return Layout(full, tuple({**kept, **over}[axis] for axis in full))
+        assert env.mesh is not None
+        names = tuple(h.name or h.axis for h in hidden) + self._names(env)
+        layout = env.layout(names) if self.rules is None else layout_of(names, self.rules, env.mesh.sizes)
+        return Layout(full, layout.dims)
+
+    def shown(self, hidden: Hidden | None, env: Env) -> Type:
+        """The type where a hidden axis shows: `hidden` in this tensor, `None` in others. The layout stays."""
+        axes, names = ((), ()) if hidden is None else ((hidden.axis,), (hidden.name or hidden.axis,))
+        return self._replace(axes=axes + self.axes, lookup=names + self._names(env))
+
+    def _names(self, env: Env) -> Axes:
+        taken = {name for _, name in env.vmap_axes}
+        return tuple(
+            f"_{name}" if name in taken else name for name in (self.axes if self.lookup is None else self.lookup)
+        )
+
+
+def layout_here(axes: Axes, x: Tensor, env: Env) -> Layout:
+    """The full layout of a tensor with these visible axes."""
+    return Type(axes).resolve(hidden_axes(x, env, frozenset(axes)), env)
+
+
+def resolve(
+    typed: Contraction, tensors: tuple[Tensor, ...], env: Env, label: Label
+) -> tuple[Contraction, tuple[Any, Any]]:
+    """The contraction in full layouts with the size of each axis, and the hidden axes of operands and of results."""
+    assert env.mesh is not None
+    shown = frozenset(axis for t in (*typed.operands, *typed.results) for axis in t.axes)
+    hidden = [hidden_axes(x, env, shown) for x in tensors]
+    operands = tuple(t.resolve(own, env) for t, own in zip(typed.operands, hidden, strict=True))
+    of_results: list[Hiddens] = []
+    for r in range(len(typed.results)):
+        found = {h for term in typed.terms if term.result == r for i in term.operands for h in hidden[i]}
+        of_results.append(tuple(sorted(found)))
+    results = tuple(t.resolve(own, env) for t, own in zip(typed.results, of_results, strict=True))
+    shapes = [tuple(h.size for h in own) + tuple(x.shape) for x, own in zip(tensors, hidden, strict=True)]
+    sizes = _global_sizes(operands, shapes, dict(typed.sizes), env, label)
+    return Contraction(operands, results, typed.terms, tuple(sizes.items())), (tuple(hidden), tuple(of_results))
+
+
+def check_cotangents(operands: list[tuple[Axes, Layout, Layout]], label: Label, env: Env) -> None:
+    """A cotangent must lie as its operand does; a hidden axis that takes the operand's mesh dim forbids it.
+
+    `operands` gives the visible axes, the operand's layout, and that of its cotangent.
+    """
+    each = " and ".join(repr(name) for _, name in env.vmap_axes)
+    problems = [
+        f"operand {write_axes(axes)!r}: axis {axis!r} lies over {own.of(axis)}, but in its gradient for each {each} "
+        f"over {layout.of(axis)}"
+        for axes, own, layout in operands
+        for axis in axes
+        if own.of(axis) != layout.of(axis)
+    ]
+    if problems:
+        raise LayoutError(report(f"vmap of the gradient of {label.op}({label.pattern!r})", problems, _FIX_VMAP))
+
+
+def _global_sizes(
+    operands: tuple[Layout, ...], shapes: list[tuple[int, ...]], known: dict[str, int], env: Env, label: Label
+) -> dict[str, int]:
+    assert env.mesh is not None
+    sizes: dict[str, int] = {}
+    problems = []
+    for i, (layout, shape) in enumerate(zip(operands, shapes, strict=True)):
+        if len(layout.axes) != len(shape):
+            problems.append(
+                f"operand {i} {write_axes(layout.axes)!r} has {len(layout.axes)} names, "
+                f"its tensor {len(shape)} dimensions: {shape}"
+            )
+            continue
+        for axis, size, dims in zip(layout.axes, shape, layout.dims, strict=True):
+            whole = size * env.mesh.sizes.size(dims)
+            if sizes.setdefault(axis, whole) != whole:
+                problems.append(
+                    f"axis {axis!r} is {whole} in operand {i} {write_axes(layout.axes)!r} "
+                    f"(a shard of {size} over {dims or 'no mesh dim'}) but {sizes[axis]} in an earlier one"
+                )
+    if problems:
+        raise PatternError(report(f"{label.op}({label.pattern!r})", problems, _FIX_SIZES))
+    return {**known, **sizes}
+
+
+_FIX_SIZES = "tensors are local shards: make them with ft.shard or ft.init, and give each axis one size"
+_FIX_VMAP = (
+    "reshard the parameters first, so that the hidden axis can have the mesh dim: "
+    "params = ft.reshard(params, patterns, to_rules=rules.replace(embed=None)), "
+    "then differentiate inside ft.spmd(..., rules=those rules)"
+)
