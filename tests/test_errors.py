@@ -40,8 +40,9 @@ BAD = {  # what is wrong: (the call, the kind of error, its whole text)
         inside(lambda: ft.einsum("batch embde, embde mlp -> batch mlp", ones(2, 4), ones(4, 2))),
         ft.RulesError,
         """\
-        pattern 'batch embde':
+        einsum('batch embde, embde mlp -> batch mlp'):
           - axis 'embde' of 'batch embde' has no rule (did you mean 'embed'?)
+          - axis 'embde' of 'embde mlp' has no rule (did you mean 'embed'?)
           Fix: add the axis to the rules; None keeps it whole, as in rules.replace(head_dim=None)""",
     ),
     "a misspelt mesh dim": (

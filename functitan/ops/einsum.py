@@ -5,7 +5,7 @@ Invariant: the value is the same on every mesh; without one, or where nothing ha
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -80,7 +80,7 @@ def _parse(pattern: str) -> tuple[Signature, Contraction]:
     return signature, typed
 
 
-@cache
+@lru_cache(maxsize=2**14)  # shapes are part of the key: lengths may vary without end
 def _check_local(pattern: str, signature: Signature, shapes: tuple[torch.Size, ...]) -> None:
     _check_count(pattern, signature, len(shapes))
     sizes: dict[str, int] = {}

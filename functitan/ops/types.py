@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from functitan.axes import Axes, write_axes
-from functitan.errors import LayoutError, PatternError, report
+from functitan.errors import LayoutError, PatternError, RulesError, report
 from functitan.ops.function import Hidden, Hiddens, hidden_axes
 from functitan.sharding.context import Env
 from functitan.sharding.contraction import Contraction
-from functitan.sharding.layout import Layout, layout_of
-from functitan.sharding.rules import AxisRules
+from functitan.sharding.layout import FIX_RULE, Layout, layout_of
+from functitan.sharding.rules import AxisRules, unknown_names
 from functitan.sharding.steps import Label
 
 
@@ -42,16 +42,17 @@ class Type(NamedTuple):
             kept = {axis: tuple(d for d in self.layout.of(axis) if d not in taken) for axis in full}
             return Layout(full, tuple({**kept, **over}[axis] for axis in full))
         assert env.mesh is not None
-        names = tuple(h.name or h.axis for h in hidden) + self._names(env)
+        names = tuple(h.name or h.axis for h in hidden) + self.names(env)
         layout = env.layout(names) if self.rules is None else layout_of(names, self.rules, env.mesh.sizes)
         return Layout(full, layout.dims)
 
     def shown(self, hidden: Hidden | None, env: Env) -> Type:
         """The type where a hidden axis shows: `hidden` in this tensor, `None` in others. The layout stays."""
         axes, names = ((), ()) if hidden is None else ((hidden.axis,), (hidden.name or hidden.axis,))
-        return self._replace(axes=axes + self.axes, lookup=names + self._names(env))
+        return self._replace(axes=axes + self.axes, lookup=names + self.names(env))
 
-    def _names(self, env: Env) -> Axes:
+    def names(self, env: Env) -> Axes:
+        """The names to look up for the axes that the caller sees."""
         taken = {name for _, name in env.vmap_axes}
         return tuple(
             f"_{name}" if name in taken else name for name in (self.axes if self.lookup is None else self.lookup)
@@ -70,12 +71,16 @@ def resolve(
     assert env.mesh is not None
     shown = frozenset(axis for t in (*typed.operands, *typed.results) for axis in t.axes)
     hidden = [hidden_axes(x, env, shown) for x in tensors]
-    operands = tuple(t.resolve(own, env) for t, own in zip(typed.operands, hidden, strict=True))
     of_results: list[Hiddens] = []
     for r in range(len(typed.results)):
         found = {h for term in typed.terms if term.result == r for i in term.operands for h in hidden[i]}
         of_results.append(tuple(sorted(found)))
-    results = tuple(t.resolve(own, env) for t, own in zip(typed.results, of_results, strict=True))
+    try:
+        operands = tuple(t.resolve(own, env) for t, own in zip(typed.operands, hidden, strict=True))
+        results = tuple(t.resolve(own, env) for t, own in zip(typed.results, of_results, strict=True))
+    except RulesError:
+        _check_names(typed, env, label)  # which names every tensor at fault
+        raise
     shapes = [tuple(h.size for h in own) + tuple(x.shape) for x, own in zip(tensors, hidden, strict=True)]
     sizes = _global_sizes(operands, shapes, dict(typed.sizes), env, label)
     return Contraction(operands, results, typed.terms, tuple(sizes.items())), (tuple(hidden), tuple(of_results))
@@ -96,6 +101,15 @@ def check_cotangents(operands: list[tuple[Axes, Layout, Layout]], label: Label, 
     ]
     if problems:
         raise LayoutError(report(f"vmap of the gradient of {label.op}({label.pattern!r})", problems, _FIX_VMAP))
+
+
+def _check_names(typed: Contraction, env: Env, label: Label) -> None:
+    """Raise `RulesError` that lists every axis without a rule, of all operands and results."""
+    assert env.rules is not None
+    asked = {t.names(env): t.rules or env.rules for t in (*typed.operands, *typed.results) if t.layout is None}
+    problems = [problem for names, rules in asked.items() for problem in unknown_names(names, rules)]
+    if problems:
+        raise RulesError(report(f"{label.op}({label.pattern!r})", problems, FIX_RULE))
 
 
 def _global_sizes(

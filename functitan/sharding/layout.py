@@ -47,7 +47,7 @@ def layout_of(axes: Axes, rules: AxisRules, mesh: MeshSizes) -> Layout:
     check_rules(rules, mesh)
     problems = unknown_names(axes, rules)
     if problems:
-        raise RulesError(report(f"pattern {write_axes(axes)!r}", problems, _FIX_RULE))
+        raise RulesError(report(f"pattern {write_axes(axes)!r}", problems, FIX_RULE))
     taken: set[str] = set()
     won: dict[str, Dims] = {}
     for name, dims in rules.items():
@@ -110,5 +110,5 @@ def shard_count(layout: Layout, mesh: MeshSizes) -> int:
     return math.prod(mesh.size(dims) for dims in layout.dims)
 
 
-_FIX_RULE = "add the axis to the rules; None keeps it whole, as in rules.replace(head_dim=None)"
+FIX_RULE = "add the axis to the rules; None keeps it whole, as in rules.replace(head_dim=None)"
 _FIX_SIZE = "change the size, the mesh, or the rule of that axis (None keeps it whole)"

@@ -6,7 +6,7 @@ Everything named is planned here: einsum, sums, broadcasts, lookups, moves, and 
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 from functitan.sharding.choice import FREE, Fixed, choose
@@ -54,7 +54,7 @@ class Plan(NamedTuple):
         return steps
 
 
-@cache
+@lru_cache(maxsize=2**14)  # sizes are part of the key: lengths may vary without end
 def plan(contraction: Contraction, mesh: MeshSizes, fixed: Fixed = FREE) -> Plan:
     """Choose how every mesh dim splits every term, then emit the moves of operands and results.
 
