@@ -1,0 +1,49 @@
+"""The examples run as their first lines say, and give the same losses on every mesh."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import functitan as ft
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TINY = ["--steps", "3", "--batch", "4", "--seq", "32", "--sample", "3"]
+
+
+def run(command: list[str], out: Path) -> list[float]:
+    """The losses that an example wrote."""
+    done = subprocess.run([*command, *TINY, "--out", str(out)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "step 1/3  loss" in done.stdout and "A sample:\ndef " in done.stdout
+    assert (out / "loss.png").stat().st_size > 5000
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert set(rows[0]) == {"step", "loss", "tokens_per_second", "cursor", "mfu", "memory_mib"}
+    return [row["loss"] for row in rows]
+
+
+def test_train_llm_has_the_same_losses_in_each_way_to_run_it(tmp_path):
+    script = str(EXAMPLES / "train_llm.py")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", script]
+    plain = run([sys.executable, script], tmp_path / "plain")
+    virtual = run([sys.executable, script, "--mesh", "fsdp=2,tp=2", "--simulate"], tmp_path / "virtual")
+    processes = run([*torchrun, "--mesh", "fsdp=2"], tmp_path / "processes")
+    for losses in (virtual, processes):
+        torch.testing.assert_close(losses, plain, rtol=1e-4, atol=0)  # float32 sums in other orders
+
+
+@pytest.mark.parametrize("sizes", [dict(fsdp=2), dict(tp=2), dict(dp=2, fsdp=2, tp=2)], ids=str)
+def test_a_block_in_a_foreign_loop_trains_alike_on_every_mesh(sizes):
+
+    train = runpy.run_path(str(EXAMPLES / "foreign_loop.py"))["train"]
+    expected = train(None, 10)
+    assert expected[-1] < 0.6 * expected[0]
+    for losses in ft.simulate(**sizes)(train)(10):
+        torch.testing.assert_close(losses, expected, rtol=1e-4, atol=0)
