@@ -3,7 +3,7 @@
     python examples/foreign_loop.py                         # one process
     python examples/foreign_loop.py --mesh fsdp=2,tp=2      # four ranks as threads: the same losses
 
-The block's parameters are leaves that hold this rank's shards, so any optimizer that works leaf by leaf may update them.
+The block's parameters are leaves with this rank's shards: any optimizer that works element by element may update them.
 """
 
 from __future__ import annotations
