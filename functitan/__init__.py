@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from functitan import metrics, models, nn, optim, random, tree
+from functitan import metrics, models, nn, optim, random, testing, tree
 from functitan.axes import parse_axes
 from functitan.errors import (
     CollectiveError,
@@ -78,6 +78,7 @@ __all__ = [
     "simulate",
     "spmd",
     "take",
+    "testing",
     "train_step",
     "tree",
     "unshard",

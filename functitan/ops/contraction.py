@@ -45,7 +45,8 @@ def contract(
     assert env.mesh is not None
     full, hidden = resolve(typed, tensors, env, label)
     chosen = plan(full, env.mesh.sizes, fixed)
-    if chosen.is_local and reduction == "sum" and _transposes_locally(full, env, fixed):
+    plain = chosen.is_local and reduction == "sum" and env.taps is None  # taps see the backward of every op, too
+    if plain and _transposes_locally(full, env, fixed):
         return tuple(_local(typed, chosen, r, tensors) for r in range(len(typed.results)))
     static = Static(typed, full, chosen, label, reduction, fixed, tuple(x.dtype for x in tensors))
     linear = all(len(term.operands) == 1 for term in typed.terms)

@@ -69,10 +69,18 @@ class Call(NamedTuple):
         return self.env._replace(phase="backward") if self.env.phase == "forward" else self.env
 
 
+class Tap(NamedTuple):
+    """What a call gave, as plain shards, and how many collectives the ledger held by then."""
+
+    call: Call
+    results: tuple[Tensor, ...]
+    collectives: int
+
+
 def apply(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Call an op on tensors, differentiably where any transform or autograd is at work."""
     if not transforms_active() and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
-        return tuple(call.op.run(call, *tensors))
+        return _run(call, tensors)
     return _NamedOp.apply(call, *tensors)
 
 
@@ -138,12 +146,22 @@ def current_level() -> int:
     return functorch.maybe_current_level()
 
 
+def _run(call: Call, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Run an op on plain shards; the one place where all do, and so where taps see them."""
+    results = tuple(call.op.run(call, *tensors))
+    env = call.env
+    if env.taps is not None:
+        sent = 0 if env.ledger is None else len(env.ledger)
+        env.taps.entries.append(Tap(call, tuple(y.clone() for y in results), sent))
+    return results
+
+
 class _NamedOp(torch.autograd.Function):
     @staticmethod
     def forward(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         assert not any(call.operands), "a batched tensor reached the innermost call"
         # an output that is an input (nothing to do on this rank) would confuse autograd: give it a view of its own
-        return tuple(y.view_as(y) if any(y is x for x in tensors) else y for y in call.op.run(call, *tensors))
+        return tuple(y.view_as(y) if any(y is x for x in tensors) else y for y in _run(call, tensors))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from functitan.errors import MeshError, report
 from functitan.sharding.distributed import mesh_of
 from functitan.sharding.layout import Layout, layout_of
-from functitan.sharding.ledger import Entry, Ledger
+from functitan.sharding.ledger import Entry, Ledger, Taps
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.rules import AxisRules, check_rules
 
@@ -32,6 +32,7 @@ class Env(NamedTuple):
     vmap_axes: tuple[tuple[int, str], ...] = ()  # (functorch level, name) of each `ft.vmap` around the op
     ledger: Ledger | None = None
     differentiated: bool = False  # by plain autograd, which torch.func's own stack does not show
+    taps: Taps | None = None
 
     def layout(self, axes: tuple[str, ...]) -> Layout:
         """The layout of a pattern here; only where there is a mesh."""

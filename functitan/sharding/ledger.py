@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -95,6 +95,13 @@ class Ledger:
 
     def __repr__(self) -> str:
         return f"<Ledger of {len(self.entries)} collectives, {_size(self.total_bytes())}>"
+
+
+class Taps:
+    """What every named op gave, in the order of execution: `ops.function.Tap`s, for `testing.first_divergence`."""
+
+    def __init__(self) -> None:
+        self.entries: list[Any] = []
 
 
 def _runs(entries: list[Entry]) -> list[tuple[Entry, int]]:

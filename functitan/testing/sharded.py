@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-
 from functitan import tree
 from functitan.ops.move import shard, unshard
 from functitan.sharding.context import spmd
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.rules import AxisRules
 from functitan.sharding.virtual import simulate
+from functitan.testing.asserts import assert_trees_all_close
 
 
 def sharded(
@@ -26,6 +25,7 @@ def sharded(
     `patterns` is a tree or prefix for the tuple of arguments, `results` for what `fn` returns (`None`: not sharded).
     `mesh` gives the sizes of a virtual mesh. Raises `AssertionError` if ranks disagree.
 
+    >>> import torch
     >>> from functitan.ops.einsum import einsum
     >>> rules = AxisRules({"batch": "dp", "embed": "tp", "mlp": "tp"})
     >>> matmul = lambda x, w: einsum("batch embed, embed mlp -> batch mlp", x, w)
@@ -35,12 +35,8 @@ def sharded(
             [4., 4.]])
     """
 
-    def rank(own: Mesh, *values: Any) -> Any:
-        shards = shard(values, patterns, mesh=own, rules=rules)
-        return unshard(spmd(fn, mesh=own, rules=rules)(*shards), results, mesh=own, rules=rules)
-
     def run(*values: Any) -> Any:
-        first, *others = simulate(**mesh)(rank)(*values)
+        first, *others = on_ranks(fn, values, patterns, results, mesh=mesh, rules=rules)
         for other in others:
             assert_close(other, first, tolerance=0.0)
         return first
@@ -48,13 +44,24 @@ def sharded(
     return run
 
 
+def on_ranks(
+    fn: Callable[..., Any],
+    values: tuple[Any, ...],
+    patterns: tree.Tree,
+    results: tree.Tree,
+    *,
+    mesh: Mapping[str, int],
+    rules: AxisRules,
+) -> list[Any]:
+    """The global results of `fn` on the shards of global values, as each rank has them."""
+
+    def rank(own: Mesh) -> Any:
+        shards = shard(values, patterns, mesh=own, rules=rules)
+        return unshard(spmd(fn, mesh=own, rules=rules)(*shards), results, mesh=own, rules=rules)
+
+    return simulate(**mesh)(rank)()
+
+
 def assert_close(actual: tree.Tree, expected: tree.Tree, tolerance: float = 1e-10) -> None:
-    """Assert equal structure, shapes, dtypes, and values within `tolerance` of the largest finite one (at least 1)."""
-    leaves, structure = tree.flatten(expected)
-    assert tree.flatten(actual)[1] == structure, f"{tree.flatten(actual)[1]} is not {structure}"
-    for path, x, y in zip(tree.paths(expected), tree.leaves(actual), leaves, strict=True):
-        finite = y[y.isfinite()] if y.is_floating_point() else y
-        largest = max(1.0, finite.abs().max().item()) if finite.numel() else 1.0
-        torch.testing.assert_close(
-            x, y, rtol=0.0, atol=tolerance * largest, msg=lambda text, path=path: f"{path or 'value'}: {text}"
-        )
+    """`assert_trees_all_close` with one tolerance, relative and absolute."""
+    assert_trees_all_close(actual, expected, rtol=tolerance, atol=tolerance)
