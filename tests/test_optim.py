@@ -24,6 +24,12 @@ OPTIMIZERS = {
     "momentum": optim.sgd(0.1, momentum=0.9),
     "nesterov": optim.sgd(0.1, momentum=0.9, nesterov=True),
     "clipped": optim.chain(optim.clip_by_global_norm(0.1), optim.adamw(1e-2)),
+    "lion": optim.lion(1e-2, weight_decay=0.1),
+    "masked": optim.masked(optim.adamw(1e-2), optim.decay_matrices),
+    "masked nothing": optim.masked(optim.adamw(1e-2), lambda path, leaf: False),
+    "multi": optim.multi_transform(
+        {"sgd": optim.sgd(0.1, momentum=0.9), "adamw": optim.adamw(1e-2)}, {"layers.*.scale": "sgd", "*": "adamw"}
+    ),
     "identity": optim.chain(optim.identity(), optim.scale(-0.1)),
     "nothing": optim.chain(),
 }

@@ -2,7 +2,17 @@
 
 from functitan.optim.adam import AdamState, adamw, scale_by_adam
 from functitan.optim.clip import ClipState, clip_by_global_norm, global_norm
-from functitan.optim.schedules import Schedule, constant, cosine, linear, warmup_cosine
+from functitan.optim.lion import LionState, lion, scale_by_lion
+from functitan.optim.masked import masked, multi_transform
+from functitan.optim.schedules import (
+    Schedule,
+    constant,
+    cosine,
+    linear,
+    piecewise,
+    warmup_cosine,
+    warmup_stable_decay,
+)
 from functitan.optim.sgd import MomentumState, scale_by_momentum, sgd
 from functitan.optim.transform import (
     GradientTransformation,
@@ -20,6 +30,7 @@ __all__ = [
     "AdamState",
     "ClipState",
     "GradientTransformation",
+    "LionState",
     "MomentumState",
     "Schedule",
     "ScheduleState",
@@ -34,10 +45,16 @@ __all__ = [
     "global_norm",
     "identity",
     "linear",
+    "lion",
+    "masked",
+    "multi_transform",
+    "piecewise",
     "scale",
     "scale_by_adam",
     "scale_by_learning_rate",
+    "scale_by_lion",
     "scale_by_momentum",
     "sgd",
     "warmup_cosine",
+    "warmup_stable_decay",
 ]

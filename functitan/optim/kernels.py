@@ -92,6 +92,16 @@ def adam_(
     scale_(grads, 1 / (1 - b1**t))
 
 
+def lion_(grads: list[Tensor], mu: list[Tensor], b1: float, b2: float) -> None:
+    """One step of Lion's moment, `mu = b2 mu + (1 - b2) g`; `g = sign(b1 mu + (1 - b1) g)` with the moment before."""
+    if not grads:
+        return
+    direction = list(torch._foreach_lerp(mu, grads, 1 - b1))
+    torch._foreach_sign_(direction)
+    torch._foreach_lerp_(mu, grads, 1 - b2)
+    copy_(grads, direction)
+
+
 def _fuses(tensors: list[Tensor]) -> bool:
     """Only where it runs at once: a compiler would not see that operands share memory, and fuses plain ops better.
 

@@ -7,7 +7,7 @@ float64, on its device; a number gives a number.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -59,6 +59,36 @@ def warmup_cosine(peak: float, warmup_steps: int, total_steps: int, end: float =
     return _schedule(
         lambda step: torch.where(step < warmup_steps, peak * step / max(warmup_steps, 1), fall(step - warmup_steps))
     )
+
+
+def warmup_stable_decay(peak: float, warmup: int, stable: int, decay: int, end: float = 0.0) -> Schedule:
+    """From 0 straight to `peak` in `warmup` steps, `peak` for `stable` steps, straight to `end` in `decay` steps.
+
+    Hu et al., MiniCPM, arXiv:2404.06395.
+
+    >>> [warmup_stable_decay(1.0, 2, 2, 4)(step) for step in (0, 1, 2, 4, 6, 9)]
+    [0.0, 0.5, 1.0, 1.0, 0.5, 0.0]
+    """
+    _check("warmup_stable_decay", {"warmup + 1": warmup + 1, "stable + 1": stable + 1, "decay": decay})
+    rise, fall = linear(0.0, peak, max(warmup, 1)), linear(peak, end, decay)
+    return _schedule(lambda step: torch.where(step < warmup, rise(step), fall(step - warmup - stable)))
+
+
+def piecewise(factors: Mapping[int, float], init: float) -> Schedule:
+    """`init`, multiplied by each factor from its step on, as in `optax.piecewise_constant_schedule`.
+
+    >>> [piecewise({2: 0.5, 5: 0.5}, 1.0)(step) for step in (0, 1, 2, 4, 5)]
+    [1.0, 1.0, 0.5, 0.5, 0.25]
+    """
+    _check("piecewise", {f"step {step} + 1": step + 1 for step in factors})
+
+    def at(step: Tensor) -> Tensor:
+        value = torch.full_like(step, init)
+        for start, factor in factors.items():
+            value = torch.where(step >= start, value * factor, value)
+        return value
+
+    return _schedule(at)
 
 
 def _schedule(value: Callable[[Tensor], Tensor]) -> Schedule:

@@ -131,7 +131,7 @@ def add_decayed_weights(weight_decay: float, mask: Mask | None = None) -> Gradie
         if params is None:
             raise FunctitanError(report("add_decayed_weights", ["params is None"], "tx.update(updates, state, params)"))
         changes, weights = aligned("add_decayed_weights", updates, params=params)
-        chosen = [i for i, decays in enumerate(_chosen(mask, params, patterns)) if decays]
+        chosen = [i for i, decays in enumerate(chosen_by(mask, params, patterns)) if decays]
         mine = owned([changes[i] for i in chosen], donate)
         add_(mine, [weights[i] for i in chosen], alpha=weight_decay)
         decayed = dict(zip(chosen, mine, strict=True))
@@ -149,14 +149,8 @@ def decay_matrices(path: str, leaf: str | Param | Tensor) -> bool:
     return len(parse_axes(leaf) if isinstance(leaf, str) else leaf.shape) >= 2
 
 
-def _scaled(updates: tree.Tree, factor: float | Tensor, donate: bool) -> tree.Tree:
-    leaves, structure = tree.flatten(updates)
-    leaves = owned(leaves, donate)
-    scale_(leaves, factor)
-    return tree.unflatten(structure, leaves)
-
-
-def _chosen(mask: Mask | None, params: tree.Tree, patterns: tree.Tree | None) -> list[bool]:
+def chosen_by(mask: Mask | None, params: tree.Tree, patterns: tree.Tree | None) -> list[bool]:
+    """For each leaf whether the mask chooses it; `None` chooses all."""
     leaves = tree.leaves(params)
     if mask is None:
         return [True] * len(leaves)
@@ -169,3 +163,10 @@ def _chosen(mask: Mask | None, params: tree.Tree, patterns: tree.Tree | None) ->
     if bad:
         raise FunctitanError(report("mask", bad, "a mask is a tree of bools, or a function (path, pattern) -> bool"))
     return chosen
+
+
+def _scaled(updates: tree.Tree, factor: float | Tensor, donate: bool) -> tree.Tree:
+    leaves, structure = tree.flatten(updates)
+    leaves = owned(leaves, donate)
+    scale_(leaves, factor)
+    return tree.unflatten(structure, leaves)
