@@ -132,7 +132,8 @@ def add_decayed_weights(weight_decay: float, mask: Mask | None = None) -> Gradie
             raise FunctitanError(report("add_decayed_weights", ["params is None"], "tx.update(updates, state, params)"))
         changes, weights = aligned("add_decayed_weights", updates, params=params)
         chosen = [i for i, decays in enumerate(chosen_by(mask, params, patterns)) if decays]
-        mine = owned([changes[i] for i in chosen], donate)
+        changes = owned(changes, True) if donate else changes  # one that stays may share memory with one that decays
+        mine = [changes[i] for i in chosen] if donate else owned([changes[i] for i in chosen], False)
         add_(mine, [weights[i] for i in chosen], alpha=weight_decay)
         decayed = dict(zip(chosen, mine, strict=True))
         return tree.unflatten(tree.flatten(updates)[1], [decayed.get(i, x) for i, x in enumerate(changes)]), state
