@@ -16,10 +16,10 @@ from functitan.errors import (
 from functitan.ops.attention import attention
 from functitan.ops.dropout import dropout
 from functitan.ops.einsum import einsum
-from functitan.ops.lookup import iota, select, take
+from functitan.ops.lookup import iota, select, sizes, take
 from functitan.ops.loss import cross_entropy
 from functitan.ops.move import constrain, reshard, shard, unshard
-from functitan.ops.norm import rms_norm
+from functitan.ops.norm import layer_norm, rms_norm
 from functitan.ops.reduce import broadcast, reduce
 from functitan.param import Param
 from functitan.sharding.context import as_mesh, record, spmd
@@ -62,6 +62,7 @@ __all__ = [
     "iota",
     "jvp",
     "launch",
+    "layer_norm",
     "make_mesh",
     "metrics",
     "models",
@@ -76,6 +77,7 @@ __all__ = [
     "select",
     "shard",
     "simulate",
+    "sizes",
     "spmd",
     "take",
     "testing",

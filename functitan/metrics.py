@@ -28,10 +28,11 @@ def num_params(declarations: tree.Tree) -> int:
 def flops_per_token(declarations: tree.Tree, num_layers: int, num_heads: int, head_dim: int, seq: int) -> float:
     """Operations per token of forward and backward: 6 for each parameter of a matmul, and attention's own.
 
-    6 N + 12 layers · heads · head_dim · seq, where N leaves out a lookup table (PaLM, appendix B, 2022).
+    6 N + 12 layers · heads · head_dim · seq, where N leaves out lookup tables and biases (PaLM, appendix B, 2022).
     """
     leaves = zip(tree.paths(declarations), tree.leaves(declarations), strict=True)
-    matmul = sum(math.prod(p.shape) for path, p in leaves if len(p.shape) > 1 and path != "embedding")
+    named = ((path.split(".")[-1], p) for path, p in leaves if len(p.shape) > 1)
+    matmul = sum(math.prod(p.shape) for name, p in named if name != "embedding" and not name.endswith("bias"))
     if "unembedding" not in tree.paths(declarations) and "embedding" in tree.paths(declarations):
         matmul += math.prod(declarations["embedding"].shape)  # tied: the table is the output's matrix too
     return 6 * matmul + 12 * num_layers * num_heads * head_dim * seq

@@ -8,14 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import functitan as ft
-from functitan.models import llama
-from functitan.nn import attention, rms_norm, rope, swiglu
+from functitan.models import gpt2, llama
+from functitan.nn import attention, layer_norm, mlp, position_embedding, rms_norm, rope, swiglu
 from functitan.testing.sharded import assert_close, sharded
 from functitan.testing.strategies import meshes, rules_tables
 
-AXES = ("batch", "seq", "embed", "heads", "kv_heads", "head_dim", "mlp", "vocab")
+AXES = ("batch", "seq", "positions", "embed", "heads", "kv_heads", "head_dim", "mlp", "vocab")
 # every size but the grouped heads' is divided by 8, the largest product of mesh dims
 CONFIG = llama.LlamaConfig(100, 16, 1, 8, 8, 8, 16, rope_theta=100.0)
+GPT2 = gpt2.GPT2Config(100, 16, 64, 1, 8)
 X = "batch seq embed"
 
 
@@ -24,6 +25,15 @@ def layers() -> dict:
     c = CONFIG
     rotate = lambda _, x: rope.apply("batch seq heads head_dim", x, theta=100.0)
     return {
+        "layer_norm": (layer_norm.params(c.embed), layer_norm.apply, X),
+        "position_embedding": (position_embedding.params(16, c.embed), position_embedding.apply, X),
+        "given positions": (position_embedding.params(16, c.embed), reversed_positions, X),
+        "mlp": (mlp.params(c.embed, c.mlp), mlp.apply, X),
+        "biased attention": (
+            attention.params(c.embed, c.num_heads, c.num_kv_heads, c.head_dim, bias=True),
+            lambda params, x: attention.apply(params, x, theta=None),
+            X,
+        ),
         "rms_norm": (rms_norm.params(c.embed), rms_norm.apply, X),
         "rope": ({}, rotate, "batch seq heads head_dim"),
         "swiglu": (swiglu.params(c.embed, c.mlp), swiglu.apply, X),
@@ -31,6 +41,12 @@ def layers() -> dict:
         "grouped attention": (attention.params(c.embed, c.num_heads, 2, c.head_dim), attention.apply, X),
         "llama block": (llama.block_params(c), lambda params, x: llama.block(params, x, c), X),
     }
+
+
+def reversed_positions(params: ft.tree.Tree, x: torch.Tensor) -> torch.Tensor:
+    """Learned positions, the last row first."""
+    at = ft.iota("batch seq", "seq", **{axis: ft.sizes(X, x)[axis] for axis in ("batch", "seq")})
+    return position_embedding.apply(params, x, positions=15 - at)
 
 
 def doubled(declared: ft.tree.Tree) -> ft.tree.Tree:
@@ -59,17 +75,19 @@ def test_layers_are_the_same_function_under_every_table(name, mesh, rules, seed)
     assert_close(of_mesh(params, x, y), program(params, x, y), tolerance=1e-10)
 
 
-@settings(max_examples=5)
-@given(mesh=meshes(), rules=rules_tables(AXES), tied=st.booleans())
-def test_llama_loss_is_the_same_function_under_every_table(mesh, rules, tied):
-    config = CONFIG._replace(tied=tied)
-    declared = doubled(llama.params(config))
+@pytest.mark.parametrize(
+    "model, config", [(llama, CONFIG), (llama, CONFIG._replace(tied=True)), (gpt2, GPT2)], ids=["llama", "tied", "gpt2"]
+)
+@settings(max_examples=3)
+@given(mesh=meshes(), rules=rules_tables(AXES))
+def test_losses_are_the_same_function_under_every_table(model, config, mesh, rules):
+    declared = doubled(model.params(config))
     params = ft.init(declared, ft.random.key(0))
     tokens = torch.randint(0, config.vocab_size, (8, 9), generator=torch.Generator().manual_seed(0))
     batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:]}
 
     def program(params, batch):
-        return ft.value_and_grad(lambda params: llama.loss(params, batch, config)[0])(params)
+        return ft.value_and_grad(lambda params: model.loss(params, batch, config)[0])(params)
 
     of_mesh = sharded(program, (declared, "batch seq"), (None, declared), mesh=mesh, rules=rules)
     assert_close(of_mesh(params, batch), program(params, batch), tolerance=1e-10)

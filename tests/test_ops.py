@@ -194,6 +194,33 @@ def cross_entropy(draw) -> Case:
 
 
 @st.composite
+def norm(draw) -> Case:
+    mesh, rules, sizes = draw(surroundings(AXES))
+    axes = draw(st.permutations(AXES))[: draw(st.integers(1, 3))]
+    own = draw(st.sampled_from(axes))
+    kind = draw(st.sampled_from(["rms", "layer", "layer with bias"]))
+    pattern = f"{write_axes(axes)}, {own}"
+    eps = 0.1  # rows of one number have no variance: derivatives grow with 1 / sqrt(eps)
+
+    def fn(x, *learned):
+        return (
+            ft.rms_norm(pattern, x, *learned, eps=eps)
+            if kind == "rms"
+            else ft.layer_norm(pattern, x, *learned, eps=eps),
+        )
+
+    def oracle(x, scale, *bias):
+        rows, at = x.movedim(axes.index(own), -1), axes.index(own)
+        if kind == "rms":
+            return ((rows / (rows.square().mean(-1, keepdim=True) + eps).sqrt() * scale).movedim(-1, at),)
+        normal = (rows - rows.mean(-1, keepdim=True)) / (rows.var(-1, correction=0, keepdim=True) + eps).sqrt()
+        return ((normal * scale + sum(bias)).movedim(-1, at),)
+
+    args = Arg(write_axes(axes)), *(Arg(own) for _ in range(1 + (kind == "layer with bias")))
+    return Case(fn, oracle, args, (write_axes(axes),), sizes, mesh, rules)
+
+
+@st.composite
 def attention(draw) -> Case:
     mesh, rules, sizes = draw(surroundings((*AXES, "kv_heads", "head_dim")))
     group = draw(st.sampled_from([1, 2, 3]))
@@ -263,7 +290,7 @@ LAWS = {  # what is the same on every mesh, as cases made of a case
     "gradients_per_example": lambda draw, case: per_example(draw, vjp_of(with_free_examples(case))),
     "cotangents_of_nested_vmaps": lambda draw, case: vjp_of(per_example(draw, per_copy(draw, case))),
 }
-OPS = [einsum, reduce, broadcast, take, select, select_by_tensor, constrain, cross_entropy, attention]
+OPS = [einsum, reduce, broadcast, take, select, select_by_tensor, constrain, cross_entropy, norm, attention]
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)

@@ -8,16 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from functitan import tree
+from functitan.models.language import mask_padding, next_token_loss, padded
 from functitan.nn import attention, rms_norm, swiglu
 from functitan.nn.rope import RopeScaling
 from functitan.ops.einsum import einsum
-from functitan.ops.lookup import iota, take
-from functitan.ops.loss import IGNORE, cross_entropy
-from functitan.ops.reduce import reduce
+from functitan.ops.lookup import take
 from functitan.param import Param, normal
 from functitan.sharding.rules import AxisRules
 
@@ -53,7 +51,7 @@ class LlamaConfig(NamedTuple):
     @property
     def padded_vocab(self) -> int:
         """The vocabulary rounded up to a multiple of 128, so that mesh dims divide it; padded logits are -inf."""
-        return -(-self.vocab_size // 128) * 128
+        return padded(self.vocab_size)
 
 
 DEBUG = LlamaConfig(2048, 256, 6, 8, 4, 32, 768)
@@ -121,14 +119,9 @@ def apply(
         logits = einsum("batch seq embed, vocab embed -> batch seq vocab", x, params["embedding"])
     else:
         logits = einsum("batch seq embed, embed vocab -> batch seq vocab", x, params["unembedding"])
-    if config.padded_vocab == config.vocab_size:
-        return logits
-    real = iota("batch seq vocab", "vocab", like=logits)[0, 0] < config.vocab_size
-    return torch.where(real, logits, float("-inf"))
+    return mask_padding(logits, config.vocab_size)
 
 
 def loss(params: tree.Tree, batch: dict[str, Tensor], config: LlamaConfig, **options: Any) -> tuple[Tensor, Tensor]:
     """(sum of the cross entropies, number of labels that count) of {"tokens", "labels"}, both "batch seq"."""
-    logits = apply(params, batch["tokens"], config, **options)
-    total = cross_entropy("batch seq vocab, batch seq ->", logits, batch["labels"])
-    return total, reduce("batch seq ->", (batch["labels"] != IGNORE).to(total.dtype))
+    return next_token_loss(apply(params, batch["tokens"], config, **options), batch["labels"])

@@ -17,11 +17,11 @@ from functitan.errors import PatternError, report
 from functitan.ops.contraction import lift
 from functitan.ops.function import Call, Hidden, Op, apply, hidden_axes
 from functitan.ops.rows import LookupAxes, put_rows, take_rows
-from functitan.ops.types import Type, check_cotangents, layout_here, resolve
+from functitan.ops.types import Type, check_cotangents, global_sizes, layout_here, resolve
 from functitan.sharding.choice import Fixed
 from functitan.sharding.context import Env, current
 from functitan.sharding.contraction import Contraction, Term
-from functitan.sharding.layout import Layout, check_rank, whole
+from functitan.sharding.layout import Layout, check_rank, local_shape, whole
 from functitan.sharding.plan import Plan, plan
 from functitan.sharding.steps import Label, run_step
 
@@ -67,7 +67,7 @@ def select(pattern: str, x: Tensor, index: int | Tensor) -> Tensor:
     ids, rows, result = _parse(turned)
     check_rank(rows, tuple(x.shape), f"select({pattern!r})")
     env, label, axes = current(), Label("select", pattern), LookupAxes(ids, rows, result)
-    (size,) = (size for axis, size in _sizes(axes, x, env, label).items() if axis == axes.looked_up)
+    size = global_sizes(axes.table, x, env, label)[axes.looked_up]
     if isinstance(index, Tensor):
         indices = torch.where(index < 0, index + size, index)
     elif -size <= index < size:
@@ -78,11 +78,22 @@ def select(pattern: str, x: Tensor, index: int | Tensor) -> Tensor:
     return _lookup("take", _Types(Type(ids), Type(rows), Type(result)), indices, x, env, label, ())
 
 
+def sizes(pattern: str, x: Tensor) -> dict[str, int]:
+    """The global size of each axis of a tensor; `x.shape` has those of this rank's shard.
+
+    >>> sizes("batch seq", torch.ones(2, 3))
+    {'batch': 2, 'seq': 3}
+    """
+    axes = parse_axes(pattern)
+    check_rank(axes, tuple(x.shape), f"sizes({pattern!r})")
+    return global_sizes(axes, x, current(), Label("sizes", pattern))
+
+
 def iota(pattern: str, axis: str, like: Tensor | None = None, **sizes: int) -> Tensor:
     """Global indices along one axis, int64, in the layout of the pattern; nothing is sent.
 
     The sizes come from `like`, a local tensor of that pattern, or by name, global: `iota("batch seq", "seq", batch=8,
-    seq=128)`.
+    seq=128)`. Raises `LayoutError` for a size that its mesh dims do not divide.
 
     >>> iota("batch seq", "seq", batch=2, seq=3)
     tensor([[0, 1, 2],
@@ -100,8 +111,9 @@ def iota(pattern: str, axis: str, like: Tensor | None = None, **sizes: int) -> T
         layout = whole(axes)
     else:
         layout = Type(axes).resolve((), env) if like is None else layout_here(axes, like, env)
-    split = {a: env.mesh.sizes.size(layout.of(a)) if env.mesh is not None else 1 for a in axes}
-    shape = [like.shape[i] if like is not None else sizes[a] // split[a] for i, a in enumerate(axes)]
+    shape = tuple(sizes[a] for a in axes) if like is None else tuple(like.shape)
+    if like is None and env.mesh is not None:
+        shape = local_shape(layout, shape, env.mesh.sizes, f"iota({pattern!r}, {axis!r})")
     place = axes.index(axis)
     start = env.mesh.index(layout.of(axis)) * shape[place] if env.mesh is not None else 0
     row = torch.arange(start, start + shape[place], device=like.device if like is not None else None)
@@ -209,14 +221,6 @@ def _show(call: Call, hidden: Hidden, operands: tuple[bool, bool], results: tupl
 
 
 _LOOKUP = Op("lookup", _run, _vjp, _jvp, _show)
-
-
-def _sizes(axes: LookupAxes, x: Tensor, env: Env, label: Label) -> dict[str, int]:
-    """Global sizes of the table's axes."""
-    if env.mesh is None:
-        return dict(zip(axes.table, x.shape, strict=True))
-    types = (Type(axes.table),), (Type(axes.table),)
-    return dict(resolve(Contraction(*types, (Term(0, (0,)),), ()), (x,), env, label)[0].sizes)  # type: ignore[arg-type]
 
 
 @cache

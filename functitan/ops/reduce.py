@@ -17,7 +17,7 @@ from functitan.errors import PatternError, nearest, report
 from functitan.ops.contraction import contract, lift
 from functitan.ops.function import vmaps_around
 from functitan.ops.local import product
-from functitan.ops.types import Type, resolve
+from functitan.ops.types import Type, global_sizes, resolve
 from functitan.sharding.context import Env, current
 from functitan.sharding.contraction import Contraction, Term
 from functitan.sharding.layout import check_rank
@@ -101,15 +101,8 @@ def _spread(axes: Axes, result: Axes, x: Tensor, env: Env, label: Label, sizes: 
 
 
 def _count(axes: Axes, result: Axes, x: Tensor, env: Env, label: Label) -> int:
-    sizes = _sizes(axes, result, x, env, label)
+    sizes = global_sizes(axes, x, env, label)
     return math.prod(sizes[axis] for axis in axes if axis not in result)
-
-
-def _sizes(axes: Axes, result: Axes, x: Tensor, env: Env, label: Label) -> dict[str, int]:
-    """Global sizes of the operand's axes."""
-    if env.mesh is None:
-        return dict(zip(axes, x.shape, strict=True))
-    return dict(resolve(_contraction(axes, result), (x,), env, label)[0].sizes)
 
 
 def _maximum(axes: Axes, result: Axes, x: Tensor, env: Env, label: Label) -> Tensor:
@@ -124,7 +117,7 @@ def _maximum(axes: Axes, result: Axes, x: Tensor, env: Env, label: Label) -> Ten
 
 def _max(axes: Axes, result: Axes, x: Tensor, env: Env, label: Label) -> Tensor:
     """The maximum as the mean of its ties, which gives it its derivative."""
-    sizes = _sizes(axes, result, x, env, label)
+    sizes = global_sizes(axes, x, env, label)
     top = _spread(axes, result, _maximum(axes, result, x, env, label), env, label, sizes)
     ties = x.detach() == top
     count = _sum(axes, result, ties.to(x.dtype), env, label)
@@ -132,7 +125,7 @@ def _max(axes: Axes, result: Axes, x: Tensor, env: Env, label: Label) -> Tensor:
 
 
 def _logsumexp(axes: Axes, result: Axes, x: Tensor, env: Env, label: Label) -> Tensor:
-    sizes = _sizes(axes, result, x, env, label)
+    sizes = global_sizes(axes, x, env, label)
     top = _maximum(axes, result, x, env, label)
     top = torch.where(top.isinf(), torch.zeros_like(top), top)  # all -inf gives -inf, not nan
     shifted = x - _spread(axes, result, top, env, label, sizes)

@@ -14,7 +14,7 @@ from functitan.axes import Axes, write_axes
 from functitan.errors import LayoutError, PatternError, RulesError, report
 from functitan.ops.function import Hidden, Hiddens, hidden_axes
 from functitan.sharding.context import Env
-from functitan.sharding.contraction import Contraction
+from functitan.sharding.contraction import Contraction, Term
 from functitan.sharding.layout import FIX_RULE, Layout, layout_of
 from functitan.sharding.rules import AxisRules, unknown_names
 from functitan.sharding.steps import Label
@@ -62,6 +62,15 @@ class Type(NamedTuple):
 def layout_here(axes: Axes, x: Tensor, env: Env) -> Layout:
     """The full layout of a tensor with these visible axes."""
     return Type(axes).resolve(hidden_axes(x, env, frozenset(axes)), env)
+
+
+def global_sizes(axes: Axes, x: Tensor, env: Env, label: Label) -> dict[str, int]:
+    """The global size of each visible axis of a tensor, of which `x` is this rank's shard."""
+    if env.mesh is None:
+        return dict(zip(axes, x.shape, strict=True))
+    own = (Type(axes),)
+    sizes = dict(resolve(Contraction(own, own, (Term(0, (0,)),), ()), (x,), env, label)[0].sizes)  # type: ignore[arg-type]
+    return {axis: sizes[axis] for axis in axes}
 
 
 def resolve(
