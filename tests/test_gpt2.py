@@ -231,8 +231,15 @@ def test_layer_norm_of_low_precision_has_float32_statistics(dtype):
 @pytest.mark.parametrize(
     "pattern, text",
     [
-        ("a b", "layer_norm('a b'):\n  - 1 patterns: one of x, one of what scales it\n  Fix: write 'batch seq embed, embed'"),
-        ("a b, c", "layer_norm('a b, c'):\n  - scale 'c' must be one axis of 'a b'\n  Fix: write 'batch seq embed, embed'"),
+        (
+            "a b",
+            "layer_norm('a b'):\n  - 1 patterns: one of x, one of what scales it\n"
+            "  Fix: write 'batch seq embed, embed'",
+        ),
+        (
+            "a b, c",
+            "layer_norm('a b, c'):\n  - scale 'c' must be one axis of 'a b'\n  Fix: write 'batch seq embed, embed'",
+        ),
         (
             "a b c, c",
             "layer_norm('a b c, c'), x:\n  - pattern 'a b c' names 3 axes, the tensor has 2: (2, 4)\n"
@@ -255,7 +262,5 @@ def test_iota_of_a_size_that_nothing_divides_is_an_error():
     rank = lambda mesh: ft.spmd(ft.iota, mesh=mesh, rules=ft.AxisRules({"seq": "tp"}))("seq", "seq", seq=3)
     with pytest.raises(ft.LayoutError) as error:
         ft.simulate(tp=2)(rank)()
-    assert (
-        "iota('seq', 'seq') ('seq', shape (3,)): axis 'seq' of size 3 is not divisible by 2 (tp=2); 2 or 4 would be"
-        in (str(error.value))
-    )
+    problem = "axis 'seq' of size 3 is not divisible by 2 (tp=2); 2 or 4 would be"
+    assert f"iota('seq', 'seq') ('seq', shape (3,)): {problem}" in str(error.value)
