@@ -53,7 +53,10 @@ def apply(
     positions: Tensor | None = None,
     segments: Tensor | None = None,
 ) -> Tensor:
-    """`x` and the result: "batch seq embed"; `positions` and `segments`: "batch seq". No rotation where `theta` is `None`."""
+    """`x` and the result: "batch seq embed"; `positions` and `segments`: "batch seq".
+
+    Without `theta` nothing is rotated: positions then come with `x`.
+    """
     q, k, v = einsum(
         "batch seq embed, embed heads head_dim, embed kv_heads head_dim, embed kv_heads head_dim"
         " -> batch seq heads head_dim, batch seq kv_heads head_dim, batch seq kv_heads head_dim",
