@@ -30,6 +30,7 @@ from functitan.sharding.launch import launch
 from functitan.sharding.rules import AxisRules
 from functitan.sharding.virtual import simulate
 from functitan.train import TrainState, train_step
+from functitan.transforms.accumulate import accumulate
 from functitan.transforms.grad import grad, hvp, jvp, value_and_grad
 from functitan.transforms.vmap import vmap
 
@@ -47,6 +48,7 @@ __all__ = [
     "PatternError",
     "RulesError",
     "TrainState",
+    "accumulate",
     "as_mesh",
     "attention",
     "broadcast",

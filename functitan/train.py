@@ -21,8 +21,10 @@ from functitan.sharding.context import as_mesh, current, spmd, using
 from functitan.sharding.init import init
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.rules import AxisRules
+from functitan.transforms.accumulate import accumulate as over_microbatches
 from functitan.transforms.donate import check_donated, mark_donated
 from functitan.transforms.grad import value_and_grad
+from functitan.transforms.loss import count_of, split_loss
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,15 @@ class TrainState:
 
 
 def train_step(
-    loss_fn: Callable[..., Any], tx: GradientTransformation, donate: bool = True
+    loss_fn: Callable[..., Any], tx: GradientTransformation, donate: bool = True, accumulate: int | None = None
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]:
     """`step(state, batch) -> (state, metrics)` of `loss_fn(params, batch, key) -> (sum, count)`.
 
     Gradients are those of sum / count; the function may give `((sum, count), aux)` too. `batch` holds this rank's
     shards (`ft.shard`). Metrics are tensors, equal on every rank: "loss", "count", "grad_norm" where the optimizer
     clips by it, and "aux" where there is one. With `donate` the state's buffers are updated in place, and the old state
-    raises `DonatedError` if it is used again. Runs on the state's mesh unless called inside `ft.spmd`.
+    raises `DonatedError` if it is used again. `accumulate` is the number of microbatches that the batch is computed in,
+    with one reduction for each weight: see `ft.accumulate`. Runs on the state's mesh unless called inside `ft.spmd`.
 
     >>> import functitan as ft
     >>> def loss(params, batch, key):
@@ -87,14 +90,21 @@ def train_step(
     """
 
     def mean_loss(params: tree.Tree, batch: Any, key: Tensor) -> tuple[Tensor, Any]:
-        (total, count), aux = _split_loss(loss_fn(params, batch, key))
-        counted = torch.as_tensor(count, dtype=total.dtype, device=total.device).detach().clamp(min=1)
+        (total, count), aux = split_loss(loss_fn(params, batch, key), "ft.train_step")
+        counted = count_of(count, total).clamp(min=1)
         return total / counted, (counted, aux)
+
+    def gradients(patterns: tree.Tree) -> Callable[..., Any]:
+        if accumulate is None:
+            return value_and_grad(mean_loss, has_aux=True)
+        return over_microbatches(loss_fn, accumulate, patterns=patterns)
+
+    gradients(None)  # so that a bad number is named here
 
     def run(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         key = random.fold_in(state.key, state.step)
-        (loss, (count, aux)), grads = value_and_grad(mean_loss, has_aux=True)(state.params, batch, key)
         patterns = tree.map(lambda param: param.pattern, state.declarations)
+        (loss, (count, aux)), grads = gradients(patterns)(state.params, batch, key)
         with using(current()._replace(phase="update")), torch.no_grad():
             updates, opt_state = tx.update(grads, state.opt_state, state.params, patterns=patterns, donate=donate)
             params = apply_updates(state.params, updates, donate=donate)
@@ -113,29 +123,11 @@ def train_step(
     return step
 
 
-def _split_loss(out: Any) -> tuple[tuple[Tensor, Any], Any]:
-    """((sum, count), aux) of what a loss function gave."""
-    if isinstance(out, tuple) and len(out) == 2:
-        pair, aux = (out, None) if isinstance(out[0], Tensor) else out
-        if isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], Tensor) and pair[0].dim() == 0:
-            return (pair[0], pair[1]), aux
-    fix = (
-        "return (sum, count), scalars over the whole batch: (ft.reduce('batch seq ->', loss), tokens); or (those, aux)"
-    )
-    raise FunctitanError(report("ft.train_step: the loss function", [f"it returned {_describe(out)}"], fix))
-
-
 def _norms(opt_state: Any) -> dict[str, Tensor]:
     """The gradient's norm, where a clip measured it."""
     states = opt_state if isinstance(opt_state, tuple) else (opt_state,)
     norms = [state.norm for state in states if isinstance(state, ClipState)]
     return {"grad_norm": norms[0]} if norms else {}
-
-
-def _describe(out: Any) -> str:
-    if isinstance(out, Tensor):
-        return f"a tensor of shape {tuple(out.shape)}"
-    return f"({', '.join(map(_describe, out))})" if isinstance(out, tuple) else f"a {type(out).__name__}"
 
 
 def _check_state(state: Any) -> None:

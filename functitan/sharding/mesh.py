@@ -75,6 +75,14 @@ class Mesh(NamedTuple):
                 index = index * self.sizes.sizes[place] + self.coordinate[place]
         return index
 
+    def without(self, dims: tuple[str, ...]) -> Mesh | None:
+        """The mesh of the ranks that differ from this one in no dim of `dims`; `None` where that is this rank alone."""
+        kept = [place for place, dim in enumerate(self.sizes.dims) if dim not in dims]
+        sizes = MeshSizes(*(tuple(each[place] for place in kept) for each in self.sizes))
+        if math.prod(sizes.sizes) == 1:
+            return None
+        return Mesh(sizes, tuple(self.coordinate[place] for place in kept), self.transport)
+
 
 def mesh_sizes(sizes: Mapping[str, int]) -> MeshSizes:
     """Checked sizes: at least 1, each a whole number, names as in rules.

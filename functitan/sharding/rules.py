@@ -53,6 +53,10 @@ class AxisRules:
         """Another table: given names keep their place in the order, new ones go to its end."""
         return AxisRules({**self._rules, **rules})
 
+    def without(self, dims: Dims) -> AxisRules:
+        """The table in which no axis takes any of these mesh dims."""
+        return AxisRules({name: tuple(dim for dim in own if dim not in dims) for name, own in self._rules.items()})
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, AxisRules) and list(self._rules.items()) == list(other._rules.items())
 

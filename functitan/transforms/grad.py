@@ -15,7 +15,7 @@ from torch import Tensor
 from functitan import tree
 from functitan.errors import FunctitanError, report
 from functitan.ops.function import transforms_active
-from functitan.sharding.context import current, using
+from functitan.sharding.context import Env, current, using
 
 Argnums = int | Sequence[int]
 
@@ -42,14 +42,35 @@ def value_and_grad(fn: Callable[..., Any], argnums: Argnums = 0, has_aux: bool =
             _check_value(value, has_aux)
             return value, aux
 
-        env, outside = current(), torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
-        nested = transforms_active() or env.differentiated or outside  # these gradients will be differentiated again
-        with using(env._replace(differentiated=env.differentiated or outside or not nested)):
+        env, nested = _surroundings(leaves)
+        with using(env):
             value, aux, grads = _nested(flat, leaves) if nested else _outermost(flat, leaves)
         grads = tree.unflatten(structure, grads)
         return ((value, aux) if has_aux else value), (grads[0] if isinstance(argnums, int) else grads)
 
     return with_grad
+
+
+def add_gradients(
+    fn: Callable[..., tuple[Tensor, Any]], leaves: list[Tensor], sums: list[Tensor]
+) -> tuple[Tensor, Any, list[Tensor]]:
+    """`fn(*leaves)`, a pair (scalar, aux), and `sums` with the scalar's gradients added to them.
+
+    Each gradient is added in place as soon as it is ready, in the dtype of its sum, and freed: there is never a second
+    set of gradients. Where the sums will be differentiated themselves, they are new tensors.
+    """
+    env, nested = _surroundings(leaves)
+    with using(env):
+        if nested:
+            value, aux, grads = _nested(fn, leaves)
+            return value, aux, [total + g.to(total.dtype) for total, g in zip(sums, grads, strict=True)]
+        with torch.enable_grad():
+            inputs = [leaf.detach().requires_grad_() for leaf in leaves]
+            value, aux = fn(*map(_AddInto.apply, inputs, sums))
+            _check_value(value, True)
+        if value.requires_grad:
+            torch.autograd.grad(value, inputs, allow_unused=True)  # unused: what the sums took went no further
+        return value.detach(), _detached(aux), sums
 
 
 def grad(fn: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) -> Callable[..., Any]:
@@ -117,6 +138,27 @@ def hvp(fn: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any])
     return tree.unflatten(structure, back(tuple(directions)))
 
 
+def _surroundings(leaves: list[Tensor]) -> tuple[Env, bool]:
+    """The surroundings of a function whose gradients are taken, and whether these will be differentiated again."""
+    env, outside = current(), torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
+    nested = transforms_active() or env.differentiated or outside
+    return env._replace(differentiated=env.differentiated or outside or not nested), nested
+
+
+class _AddInto(torch.autograd.Function):
+    """The identity, whose cotangent is added to a tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, total: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.total = total
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[None, None]:  # type: ignore[override]
+        ctx.total.add_(g)
+        return None, None
+
+
 def _outermost(flat: Callable[..., Any], leaves: list[Tensor]) -> tuple[Tensor, Any, list[Tensor]]:
     with torch.enable_grad():
         inputs = [leaf.detach().requires_grad_() for leaf in leaves]
@@ -162,11 +204,16 @@ def _check_leaves(args: list[Any], places: tuple[int, ...]) -> None:
         f"argument {place}{'.' if path else ''}{path}: {_kind(leaf)} has no derivative"
         for place, arg in zip(places, args, strict=True)
         for path, leaf in zip(tree.paths(arg), tree.leaves(arg), strict=True)
-        if not (isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()))
+        if not has_derivative(leaf)
     ]
     if problems:
         fix = "pass such leaves in another argument, or choose argnums"
         raise FunctitanError(report("ft.value_and_grad", problems, fix))
+
+
+def has_derivative(leaf: Any) -> bool:
+    """True for tensors of floating-point or complex numbers."""
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
 def _kind(leaf: Any) -> str:

@@ -1,0 +1,200 @@
+"""`ft.accumulate`: mean gradients over microbatches, with one gather and one reduction for each weight.
+
+Invariant: the gradients are those of one big batch. Weights are spread once to a hidden replica axis that takes the
+mesh dims of the batch axis, every replica adds up the gradients of its own microbatches, and the sums are merged once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functitan import random, tree
+from functitan.axes import Axes
+from functitan.errors import FunctitanError, LayoutError, PatternError, RulesError, report
+from functitan.ops.move import axes_of
+from functitan.ops.replica import merge, merge_scalars, one_replica, spread
+from functitan.sharding.context import Env, current, using
+from functitan.sharding.layout import check_rank, divisibility, global_shape, layout_of
+from functitan.sharding.rules import AxisRules, Dims, check_rules
+from functitan.transforms.grad import add_gradients, has_derivative
+from functitan.transforms.loss import count_of, split_loss
+
+WHERE = "ft.accumulate"
+
+
+def accumulate(
+    loss_fn: Callable[..., Any],
+    k: int,
+    *,
+    patterns: tree.Tree = None,
+    batch_axis: str = "batch",
+    dtype: torch.dtype | None = None,
+    to_rules: AxisRules | None = None,
+) -> Callable[..., tuple[tuple[Tensor, tuple[Tensor, Any]], tree.Tree]]:
+    """`f(params, batch, key=None) -> ((loss, (count, aux)), grads)` of `loss_fn(params, batch, key) -> (sum, count)`.
+
+    As `ft.value_and_grad(..., has_aux=True)` of sum / count for the whole batch, at the activation memory of one of
+    `k` microbatches. Sums are added over microbatches and replicas and divided once, by the total count. The loss
+    function must be a sum over examples: it sees one replica's microbatch at a time. It may give `((sum, count), aux)`
+    too, where aux is a tree of scalars; they are summed like the loss.
+
+    `patterns`: those of the parameters, a tree or prefix of patterns or `Param`s; not needed without a mesh. `batch`:
+    tensors whose first axis is `batch_axis`, of one size that `k` divides on each rank; other leaves, scalars among
+    them, are passed as they are. Microbatch i of replica r gets `fold_in(key, r * k + i)`: masks of dropout differ from
+    those of one big batch, and are the same on every mesh where microbatches are as large. `dtype`: in which gradients
+    are added and reduced (default: the parameter's; the result always has that one). `to_rules`: a table for the
+    layout of the gradients, as of optimizer state that is sharded otherwise.
+
+    Over the mesh dims of the batch axis (FSDP, HSDP, DDP) each weight is gathered once and reduced once, whatever `k`,
+    and stays gathered in between with its gradient, which is ZeRO-2's memory; so `k=1` too has a use. Over other
+    dims (tp, cp) all is as ever, for each microbatch. Raises `FunctitanError` and its kinds before anything is sent.
+
+    >>> import functitan as ft
+    >>> def loss(params, batch, key):
+    ...     y = ft.einsum("batch embed, embed mlp -> batch mlp", batch, params["w"])
+    ...     return ft.reduce("batch mlp ->", y * y), y.numel()
+    >>> params, batch = {"w": torch.ones(2, 3)}, torch.arange(8.0).view(4, 2)
+    >>> (mean, (count, aux)), grads = ft.accumulate(loss, 2)(params, batch)
+    >>> mean, count, grads["w"][:, 0]
+    (tensor(63.), tensor(12.), tensor([14.6667, 19.0000]))
+    """
+    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        raise FunctitanError(report(WHERE, [f"k is {k!r}: it must be a whole number of at least 1"], _FIX_K))
+
+    def gradients(params: tree.Tree, batch: Any, key: Tensor | None = None) -> Any:
+        leaves, structure = tree.flatten(params)
+        env = current()
+        dims = _replica_dims(batch_axis, env)
+        axes = _axes_of(params, patterns, to_rules, env)
+        size = _microbatch_size(batch, k, dims, env)
+        first = 0 if env.mesh is None else env.mesh.index(dims) * k
+        copies = [spread(its, x, dims) for its, x in zip(axes, leaves, strict=True)]
+        sums = [torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in copies]
+        scalars: Any = None
+        for i in range(k):
+            part = _rows(batch, i * size, size)
+            own = None if key is None else random.fold_in(key, first + i)
+            sum_of = lambda *values: _sum(loss_fn(tree.unflatten(structure, values), part, own))  # noqa: B023
+            with using(one_replica(dims)):
+                total, counted, sums = add_gradients(sum_of, copies, sums)
+            found = (total.to(counted[0].dtype), *counted)
+            scalars = found if scalars is None else tree.map(torch.add, scalars, found)
+        del copies
+        values, places = tree.flatten(scalars)
+        total, count, aux = tree.unflatten(places, merge_scalars(values, dims))
+        count = count.clamp(min=1)
+        with using(env._replace(phase="backward" if env.phase == "forward" else env.phase)):
+            for i, (its, x) in enumerate(zip(axes, leaves, strict=True)):  # a sum is freed when it is merged
+                sums[i] = (merge(its, sums[i], dims, to_rules) / count).to(x.dtype)
+        return (total / count, (count, aux)), tree.unflatten(structure, sums)
+
+    return gradients
+
+
+def _sum(out: Any) -> tuple[Tensor, tuple[Tensor, Any]]:
+    """A loss function's sum, and the (count, aux) that are added beside it: scalars, in float32 or wider."""
+    (total, count), aux = split_loss(out, WHERE)
+    bad = [
+        f"aux{'.' if path else ''}{path} is a tensor of shape {tuple(leaf.shape)}"
+        for path, leaf in zip(tree.paths(aux), tree.leaves(aux), strict=True)
+        if isinstance(leaf, Tensor) and leaf.dim()
+    ]
+    if bad:
+        raise FunctitanError(report(f"{WHERE}: aux is summed over microbatches and replicas", bad, _FIX_AUX))
+    return total, (count_of(count, _wide(total)), tree.map(lambda x: _wide(torch.as_tensor(x)), aux))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32 if x.is_floating_point() else torch.int64))
+
+
+def _rows(batch: Any, start: int, size: int) -> Any:
+    return tree.map(lambda x: x.narrow(0, start, size) if _is_batched(x) else x, batch)
+
+
+def _is_batched(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0
+
+
+def _replica_dims(batch_axis: str, env: Env) -> Dims:
+    """The mesh dims that the batch takes in every tensor of the batch."""
+    if env.mesh is None:
+        return ()
+    assert env.rules is not None
+    dims = layout_of((batch_axis,), env.rules, env.mesh.sizes).of(batch_axis)
+    before = list(env.rules)[: list(env.rules).index(batch_axis)]
+    problems = [
+        f"rule {name!r} stands before {batch_axis!r} and takes {dim!r} first in tensors that have both"
+        for name in before
+        for dim in env.rules[name]
+        if dim in dims
+    ]
+    if problems:
+        raise RulesError(report(WHERE, problems, f"put the rule of {batch_axis!r} first in the table"))
+    return dims
+
+
+def _axes_of(params: tree.Tree, patterns: tree.Tree, to_rules: AxisRules | None, env: Env) -> list[Axes]:
+    """The axes of each parameter (numbered ones where it has no pattern), checked against its shape and the tables."""
+    leaves, paths = tree.leaves(params), tree.paths(params)
+    bad = [f"{path} is {_kind(leaf)}" for path, leaf in zip(paths, leaves, strict=True) if not has_derivative(leaf)]
+    if bad:
+        raise FunctitanError(report(f"{WHERE}: parameters without a derivative", bad, _FIX_LEAVES))
+    if env.mesh is None:
+        return [()] * len(leaves)
+    if patterns is None:
+        raise PatternError(report(WHERE, ["patterns is None, on a mesh"], _FIX_PATTERNS))
+    assert env.rules is not None
+    axes = [
+        tuple(f"_{i}" for i in range(x.dim())) if found is None else found
+        for found, x in zip(map(axes_of, tree.broadcast_prefix(patterns, params, WHERE)), leaves, strict=True)
+    ]
+    for path, its, x in zip(paths, axes, leaves, strict=True):
+        check_rank(its, tuple(x.shape), f"{WHERE}: {path}")
+    if to_rules is not None:
+        check_rules(to_rules, env.mesh.sizes)
+        sizes = env.mesh.sizes
+        whole = [global_shape(env.layout(its), tuple(x.shape), sizes) for its, x in zip(axes, leaves, strict=True)]
+        bad = [
+            line
+            for path, its, shape in zip(paths, axes, whole, strict=True)
+            for line in divisibility(layout_of(its, to_rules, sizes), shape, sizes, path)
+        ]
+        if bad:
+            raise LayoutError(report(f"{WHERE}: to_rules", bad, "change the sizes, the mesh, or the rules of to_rules"))
+    return axes
+
+
+def _microbatch_size(batch: Any, k: int, dims: Dims, env: Env) -> int:
+    """The number of examples of one microbatch on this rank."""
+    sizes = {
+        f"batch{'.' if path else ''}{path}": x.shape[0]
+        for path, x in zip(tree.paths(batch), tree.leaves(batch), strict=True)
+        if _is_batched(x)
+    }
+    over = "·".join(f"{dim}={env.mesh.sizes.size(dim)}" for dim in dims) if env.mesh is not None else ""
+    here = f"on this rank ({over})" if over else "on this rank"
+    if not sizes:
+        raise FunctitanError(report(WHERE, ["the batch has no tensor with a first axis"], _FIX_BATCH))
+    if len(set(sizes.values())) > 1:
+        problems = [f"{path}: {size} examples {here}" for path, size in sizes.items()]
+        raise FunctitanError(report(f"{WHERE}: the batch's tensors differ in size", problems, _FIX_BATCH))
+    if next(iter(sizes.values())) % k:
+        problems = [f"{path}: {size} examples {here} are not divisible by {k}" for path, size in sizes.items()]
+        raise FunctitanError(report(f"{WHERE}: {k} microbatches", problems, _FIX_K))
+    return next(iter(sizes.values())) // k
+
+
+def _kind(leaf: Any) -> str:
+    return f"a tensor of {leaf.dtype}" if isinstance(leaf, Tensor) else f"a {type(leaf).__name__}"
+
+
+_FIX_K = "k is the number of microbatches: it divides the examples that each rank has"
+_FIX_BATCH = "the first axis of each tensor is the batch; close over tensors that all examples share"
+_FIX_AUX = "return scalars, sums over the batch: ft.reduce('batch seq ->', hits.float())"
+_FIX_LEAVES = "close over such leaves, or pass them with the batch"
+_FIX_PATTERNS = "say how each parameter is sharded: ft.accumulate(loss_fn, k, patterns=declarations)"
