@@ -116,6 +116,29 @@ def take(draw) -> Case:
 
 
 @st.composite
+def iota(draw) -> Case:
+    """Indices made like a tensor meet it in any op, those of given sizes in a named one."""
+    mesh, rules, sizes = draw(surroundings(AXES))
+    axes = draw(st.permutations(AXES))[: draw(st.integers(1, 4))]
+    along, pattern = draw(st.sampled_from(axes)), write_axes(axes)
+    kept = draw(st.permutations(axes))[: draw(st.integers(0, len(axes)))]
+    product = f"{pattern}, {pattern} -> {write_axes(kept)}"
+
+    def fn(x):
+        like = ft.iota(pattern, along, like=x).to(x.dtype)
+        alone = ft.iota(pattern, along, **{axis: sizes[axis] for axis in axes}).to(x.dtype)
+        return like * x, ft.einsum(product, like, x), ft.einsum(product, alone, x)
+
+    def oracle(x):
+        at = torch.arange(sizes[along], dtype=x.dtype)
+        both = torch_einsum([axes, (along,)], kept, x, at)
+        return torch_einsum([axes, (along,)], axes, x, at), both, both
+
+    results = (pattern, write_axes(kept), write_axes(kept))
+    return Case(fn, oracle, (Arg(pattern),), results, sizes, mesh, rules)
+
+
+@st.composite
 def select(draw) -> Case:
     """One position for all."""
     mesh, rules, sizes = draw(surroundings(AXES))
@@ -290,7 +313,7 @@ LAWS = {  # what is the same on every mesh, as cases made of a case
     "gradients_per_example": lambda draw, case: per_example(draw, vjp_of(with_free_examples(case))),
     "cotangents_of_nested_vmaps": lambda draw, case: vjp_of(per_example(draw, per_copy(draw, case))),
 }
-OPS = [einsum, reduce, broadcast, take, select, select_by_tensor, constrain, cross_entropy, norm, attention]
+OPS = [einsum, reduce, broadcast, take, iota, select, select_by_tensor, constrain, cross_entropy, norm, attention]
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from functitan.ops.function import Call, Hidden, Hiddens, Op, apply, hidden_axes, ones_of
+from functitan.ops.function import Call, Hidden, Hiddens, Op, apply, hidden_axes, hide
 from functitan.ops.local import maximum, product
 from functitan.ops.types import Type, check_cotangents, resolve
 from functitan.sharding.choice import FREE, Fixed
@@ -60,9 +61,10 @@ def lift(own: Type, x: Tensor, hidden: Hiddens, env: Env, label: Label) -> Tenso
     """
     assert env.mesh is not None
     levels = {h.level for h in hidden_axes(x, env)}
-    ones = tuple(ones_of(h, x) for h in hidden if h.level not in levels)
-    if not ones:
+    new = tuple(h for h in hidden if h.level not in levels)
+    if not new:
         return x
+    ones = tuple(hide(torch.ones((), dtype=x.dtype, device=x.device), (h,)) for h in new)
     operands = (own, *(Type(()) for _ in ones))
     return contract(Contraction(operands, (own,), (Term(0, tuple(range(len(operands)))),), ()), (x, *ones), env, label)[
         0

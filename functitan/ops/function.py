@@ -114,12 +114,16 @@ def vmaps_around(env: Env) -> Hiddens:
     )
 
 
-def ones_of(hidden: Hidden, like: Tensor) -> Tensor:
-    """A scalar 1 for each position of a hidden axis: a product with it has the axis."""
-    ones = torch.ones(hidden.size, dtype=like.dtype, device=like.device)
-    while functorch.is_functorch_wrapped_tensor(ones):  # by transforms further in than this axis
-        ones = functorch.get_unwrapped(ones)
-    return functorch._add_batch_dim(ones, 0, hidden.level)
+def hide(x: Tensor, hidden: Hiddens) -> Tensor:
+    """A view of a tensor that no vmap batches, with these axes hidden in it: equal along each of them."""
+    if not hidden:
+        return x
+    x = x.expand(*(h.size for h in hidden), *x.shape)
+    while functorch.is_functorch_wrapped_tensor(x):  # by transforms further in than these axes
+        x = functorch.get_unwrapped(x)
+    for h in hidden:
+        x = functorch._add_batch_dim(x, 0, h.level)
+    return x
 
 
 def _hidden(level: int, size: int, name: str | None, shown: frozenset[str] = frozenset()) -> Hidden:

@@ -15,9 +15,9 @@ from torch import Tensor
 from functitan.axes import Axes, parse_axes, parse_signature, write_axes
 from functitan.errors import PatternError, report
 from functitan.ops.contraction import lift
-from functitan.ops.function import Call, Hidden, Op, apply, hidden_axes
+from functitan.ops.function import Call, Hidden, Hiddens, Op, apply, hidden_axes, hide
 from functitan.ops.rows import LookupAxes, put_rows, take_rows
-from functitan.ops.types import Type, check_cotangents, global_sizes, layout_here, resolve
+from functitan.ops.types import Type, check_cotangents, global_sizes, resolve
 from functitan.sharding.choice import Fixed
 from functitan.sharding.context import Env, current
 from functitan.sharding.contraction import Contraction, Term
@@ -93,7 +93,8 @@ def iota(pattern: str, axis: str, like: Tensor | None = None, **sizes: int) -> T
     """Global indices along one axis, int64, in the layout of the pattern; nothing is sent.
 
     The sizes come from `like`, a local tensor of that pattern, or by name, global: `iota("batch seq", "seq", batch=8,
-    seq=128)`. Raises `LayoutError` for a size that its mesh dims do not divide.
+    seq=128)`. With `like` it has the axes that an `ft.vmap` hides in it, and so may meet tensors like it in any op.
+    Raises `LayoutError` for a size that its mesh dims do not divide.
 
     >>> iota("batch seq", "seq", batch=2, seq=3)
     tensor([[0, 1, 2],
@@ -107,17 +108,15 @@ def iota(pattern: str, axis: str, like: Tensor | None = None, **sizes: int) -> T
         raise PatternError(report(f"iota({pattern!r}, {axis!r})", problems, "give every size by name, or like="))
     if like is not None:
         check_rank(axes, tuple(like.shape), f"iota({pattern!r}, {axis!r})")
-    if env.mesh is None:
-        layout = whole(axes)
-    else:
-        layout = Type(axes).resolve((), env) if like is None else layout_here(axes, like, env)
+    hidden: Hiddens = () if env.mesh is None or like is None else hidden_axes(like, env, frozenset(axes))
+    layout = whole(axes) if env.mesh is None else Type(axes).resolve(hidden, env)
     shape = tuple(sizes[a] for a in axes) if like is None else tuple(like.shape)
     if like is None and env.mesh is not None:
         shape = local_shape(layout, shape, env.mesh.sizes, f"iota({pattern!r}, {axis!r})")
     place = axes.index(axis)
     start = env.mesh.index(layout.of(axis)) * shape[place] if env.mesh is not None else 0
     row = torch.arange(start, start + shape[place], device=like.device if like is not None else None)
-    return row.view([-1 if a == axis else 1 for a in axes]).expand(shape)
+    return hide(row.view([-1 if a == axis else 1 for a in axes]).expand(shape), hidden)
 
 
 class _Types(NamedTuple):
