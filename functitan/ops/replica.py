@@ -29,8 +29,11 @@ def one_replica(dims: Dims) -> Env:
     add to its ops, and none of them can communicate over `dims`. What the function closes over is its replica's own.
     """
     env = current()
-    mesh = None if env.mesh is None else env.mesh.without(dims)
-    return env._replace(mesh=mesh, rules=None if mesh is None or env.rules is None else env.rules.without(dims))
+    if env.mesh is None or env.rules is None or not dims:
+        return env
+    mesh = env.mesh.without(dims)
+    rules = None if mesh is None else env.rules.without(dims)
+    return env._replace(mesh=mesh, rules=rules, taps=None)  # no tap: on another mesh its values are others
 
 
 def spread(axes: Axes, x: Tensor, dims: Dims) -> Tensor:

@@ -77,11 +77,11 @@ class Mesh(NamedTuple):
 
     def without(self, dims: tuple[str, ...]) -> Mesh | None:
         """The mesh of the ranks that differ from this one in no dim of `dims`; `None` where that is this rank alone."""
-        kept = [place for place, dim in enumerate(self.sizes.dims) if dim not in dims]
-        sizes = MeshSizes(*(tuple(each[place] for place in kept) for each in self.sizes))
+        kept = [at for at, dim in enumerate(self.sizes.dims) if dim not in dims]
+        sizes = MeshSizes(tuple(self.sizes.dims[at] for at in kept), tuple(self.sizes.sizes[at] for at in kept))
         if math.prod(sizes.sizes) == 1:
             return None
-        return Mesh(sizes, tuple(self.coordinate[place] for place in kept), self.transport)
+        return Mesh(sizes, tuple(self.coordinate[at] for at in kept), self.transport)
 
 
 def mesh_sizes(sizes: Mapping[str, int]) -> MeshSizes:
