@@ -55,7 +55,7 @@ class AxisRules:
 
     def without(self, dims: Dims) -> AxisRules:
         """The table in which no axis takes any of these mesh dims."""
-        return AxisRules({name: tuple(dim for dim in own if dim not in dims) for name, own in self._rules.items()})
+        return _without(self, dims)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, AxisRules) and list(self._rules.items()) == list(other._rules.items())
@@ -90,6 +90,11 @@ def unknown_names(axes: tuple[str, ...], rules: AxisRules) -> list[str]:
         for name in axes
         if name not in rules and not name.startswith("_")
     ]
+
+
+@cache
+def _without(rules: AxisRules, dims: Dims) -> AxisRules:
+    return AxisRules({name: tuple(dim for dim in own if dim not in dims) for name, own in rules.items()})
 
 
 def _as_tuple(dims: str | Dims | None) -> Dims:

@@ -60,7 +60,7 @@ def accumulate(
     >>> params, batch = {"w": torch.ones(2, 3)}, torch.arange(8.0).view(4, 2)
     >>> (mean, (count, aux)), grads = ft.accumulate(loss, 2)(params, batch)
     >>> mean, count, grads["w"][:, 0]
-    (tensor(63.), tensor(12.), tensor([14.6667, 19.0000]))
+    (tensor(69.), tensor(12.), tensor([20.6667, 25.3333]))
     """
     if not isinstance(k, int) or isinstance(k, bool) or k < 1:
         raise FunctitanError(report(WHERE, [f"k is {k!r}: it must be a whole number of at least 1"], _FIX_K))
