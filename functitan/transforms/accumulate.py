@@ -39,8 +39,8 @@ def accumulate(
 
     As `ft.value_and_grad(..., has_aux=True)` of sum / count for the whole batch, at the activation memory of one of
     `k` microbatches. Sums are added over microbatches and replicas and divided once, by the total count. The loss
-    function must be a sum over examples: it sees one replica's microbatch at a time. It may give `((sum, count), aux)`
-    too, where aux is a tree of scalars; they are summed like the loss.
+    function must be a sum over examples: it sees one replica's microbatch at a time, and what it closes over lies whole
+    on each replica. It may give `((sum, count), aux)` too, where aux is a tree of scalars, which are summed likewise.
 
     `patterns`: those of the parameters, a tree or prefix of patterns or `Param`s; not needed without a mesh. `batch`:
     tensors whose first axis is `batch_axis`, of one size that `k` divides on each rank; other leaves, scalars among
@@ -51,7 +51,8 @@ def accumulate(
 
     Over the mesh dims of the batch axis (FSDP, HSDP, DDP) each weight is gathered once and reduced once, whatever `k`,
     and stays gathered in between with its gradient, which is ZeRO-2's memory; so `k=1` too has a use. Over other
-    dims (tp, cp) all is as ever, for each microbatch. Raises `FunctitanError` and its kinds before anything is sent.
+    dims (tp, cp) all is as ever, for each microbatch. Raises `FunctitanError` and its kinds, before anything is sent
+    unless it is for what the loss function gave.
 
     >>> import functitan as ft
     >>> def loss(params, batch, key):
@@ -105,7 +106,8 @@ def _sum(out: Any) -> tuple[Tensor, tuple[Tensor, Any]]:
     ]
     if bad:
         raise FunctitanError(report(f"{WHERE}: aux is summed over microbatches and replicas", bad, _FIX_AUX))
-    return total, (count_of(count, _wide(total)), tree.map(lambda x: _wide(torch.as_tensor(x)), aux))
+    beside = lambda x: _wide(torch.as_tensor(x, device=total.device))
+    return total, (count_of(count, _wide(total)), tree.map(beside, aux))
 
 
 def _wide(x: Tensor) -> Tensor:
