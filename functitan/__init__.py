@@ -10,7 +10,9 @@ from functitan.errors import (
     FunctitanError,
     LayoutError,
     MeshError,
+    NonFiniteError,
     PatternError,
+    ReplicationError,
     RulesError,
 )
 from functitan.ops.attention import attention
@@ -31,6 +33,7 @@ from functitan.sharding.rules import AxisRules
 from functitan.sharding.virtual import simulate
 from functitan.train import TrainState, train_step
 from functitan.transforms.accumulate import accumulate
+from functitan.transforms.checked import check_equal, checked
 from functitan.transforms.grad import grad, hvp, jvp, value_and_grad
 from functitan.transforms.vmap import vmap
 
@@ -44,14 +47,18 @@ __all__ = [
     "FunctitanError",
     "LayoutError",
     "MeshError",
+    "NonFiniteError",
     "Param",
     "PatternError",
+    "ReplicationError",
     "RulesError",
     "TrainState",
     "accumulate",
     "as_mesh",
     "attention",
     "broadcast",
+    "check_equal",
+    "checked",
     "constrain",
     "cross_entropy",
     "data",

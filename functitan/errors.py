@@ -34,6 +34,14 @@ class DonatedError(FunctitanError):
     """A value used after it was donated to a step."""
 
 
+class ReplicationError(FunctitanError):
+    """A value that passes as equal on several ranks, and is not: an op lacks its name."""
+
+
+class NonFiniteError(FloatingPointError):
+    """NaN or infinity in the loss or the gradients of a step; the state is as before the step."""
+
+
 class CollectiveError(RuntimeError):
     """A collective that another rank did not join: it failed, left, or ran a different program."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -17,11 +18,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from functitan import random, tree
 from functitan.errors import FunctitanError, report
 from functitan.optim import ClipState, GradientTransformation, apply_updates
+from functitan.optim.finite import check_policy, guarded
 from functitan.sharding.context import as_mesh, current, spmd, using
 from functitan.sharding.init import init
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.rules import AxisRules
 from functitan.transforms.accumulate import accumulate as over_microbatches
+from functitan.transforms.checked import check_step, checked
 from functitan.transforms.donate import check_donated, mark_donated
 from functitan.transforms.grad import value_and_grad
 from functitan.transforms.loss import count_of, split_loss
@@ -68,7 +71,13 @@ class TrainState:
 
 
 def train_step(
-    loss_fn: Callable[..., Any], tx: GradientTransformation, donate: bool = True, accumulate: int | None = None
+    loss_fn: Callable[..., Any],
+    tx: GradientTransformation,
+    donate: bool = True,
+    accumulate: int | None = None,
+    *,
+    check: bool | str = "first",
+    nonfinite: str = "raise",
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]:
     """`step(state, batch) -> (state, metrics)` of `loss_fn(params, batch, key) -> (sum, count)`.
 
@@ -77,6 +86,12 @@ def train_step(
     clips by it, and "aux" where there is one. With `donate` the state's buffers are updated in place, and the old state
     raises `DonatedError` if it is used again. `accumulate` is the number of microbatches that the batch is computed in,
     with one reduction for each weight: see `ft.accumulate`. Runs on the state's mesh unless called inside `ft.spmd`.
+
+    `check`: in which steps ranks compare programs and values (`ft.checked`, `ft.check_equal`): the "first" that this
+    function makes on a mesh, all (`True`), or none. `nonfinite`: with NaN or infinity in loss or gradients, on any
+    rank, "raise" a `NonFiniteError` and leave the state as it was, valid; "skip" the update, so that only the state's
+    step advances and the metric "skipped" is 1; or "ignore" it. The first two cost one pass over the gradients, an
+    all-reduce of 4 bytes, and on an accelerator a wait for it.
 
     >>> import functitan as ft
     >>> def loss(params, batch, key):
@@ -88,6 +103,11 @@ def train_step(
     >>> sorted(metrics), int(state.step)
     (['count', 'loss'], 1)
     """
+
+    if check not in (True, False, "first"):
+        raise FunctitanError(report("ft.train_step", [f"check is {check!r}"], "choose True, False or 'first'"))
+    check_policy(nonfinite)
+    seen: WeakSet[Any] = WeakSet()  # of meshes that had their first step
 
     def mean_loss(params: tree.Tree, batch: Any, key: Tensor) -> tuple[Tensor, Any]:
         (total, count), aux = split_loss(loss_fn(params, batch, key), "ft.train_step")
@@ -105,22 +125,38 @@ def train_step(
         key = random.fold_in(state.key, state.step)
         patterns = tree.map(lambda param: param.pattern, state.declarations)
         (loss, (count, aux)), grads = gradients(patterns)(state.params, batch, key)
-        with using(current()._replace(phase="update")), torch.no_grad():
+        if current().checked:
+            check_step(loss, count, grads, patterns)
+
+        def update(donate: bool) -> tuple[tree.Tree, tree.Tree]:
             updates, opt_state = tx.update(grads, state.opt_state, state.params, patterns=patterns, donate=donate)
-            params = apply_updates(state.params, updates, donate=donate)
-        metrics = {"loss": loss, "count": count, **_norms(opt_state), **({} if aux is None else {"aux": aux})}
-        if donate:
-            params, opt_state = _renewed((state.params, state.opt_state), (params, opt_state), state.step)
+            return apply_updates(state.params, updates, donate=donate), opt_state
+
+        old = (state.params, state.opt_state)
+        with using(current()._replace(phase="update")), torch.no_grad():
+            new, skipped = guarded(nonfinite, loss, grads, state.step, old, update, donate)
+        metrics = {"loss": loss, "count": count, **_norms(new[1]), **({} if aux is None else {"aux": aux}), **skipped}
+        params, opt_state = _renewed(old, new, state.step) if donate else new
         return replace(state, params=params, opt_state=opt_state, step=state.step + 1), metrics
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         _check_state(state)
         check_donated((state.params, state.opt_state), "ft.train_step: the state")
-        inner = run if current().mesh is not None else spmd(run, mesh=state.mesh, rules=state.rules)
-        new, metrics = inner(state, batch)
+        outer = current().mesh
+        inner = checked(run) if _due(check, outer or state.mesh, seen) else run
+        new, metrics = (inner if outer is not None else spmd(inner, mesh=state.mesh, rules=state.rules))(state, batch)
         return new, metrics
 
     return step
+
+
+def _due(check: bool | str, mesh: Mesh | None, seen: WeakSet[Any]) -> bool:
+    """True if this step on `mesh` is checked; a mesh is known by one of its functions, which live as long as it."""
+    if mesh is None or check != "first":
+        return check is True
+    first = mesh.transport.agree not in seen
+    seen.add(mesh.transport.agree)
+    return first
 
 
 def _norms(opt_state: Any) -> dict[str, Tensor]:

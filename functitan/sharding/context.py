@@ -19,6 +19,7 @@ from functitan.sharding.distributed import mesh_of
 from functitan.sharding.layout import Layout, layout_of
 from functitan.sharding.ledger import Entry, Ledger, Taps
 from functitan.sharding.mesh import Mesh
+from functitan.sharding.program import user_line
 from functitan.sharding.rules import AxisRules, check_rules
 
 
@@ -33,6 +34,8 @@ class Env(NamedTuple):
     ledger: Ledger | None = None
     differentiated: bool = False  # by plain autograd, which torch.func's own stack does not show
     taps: Taps | None = None
+    checked: bool = False  # ranks compare programs before they communicate
+    line: str = ""  # the user's, where an op was called; only while checked
 
     def layout(self, axes: tuple[str, ...]) -> Layout:
         """The layout of a pattern here; only where there is a mesh."""
@@ -53,7 +56,8 @@ _CURRENT: ContextVar[Env] = ContextVar("functitan", default=Env())  # noqa: B039
 
 def current() -> Env:
     """The surroundings of the caller."""
-    return _CURRENT.get()
+    env = _CURRENT.get()
+    return env._replace(line=user_line()) if env.checked else env
 
 
 @contextmanager

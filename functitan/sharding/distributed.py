@@ -8,6 +8,7 @@ collectives end after the mesh's timeout. Functional collectives (`torch.ops._c1
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cache, partial
@@ -18,10 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _get_default_store as get_default_store  # private; tried on torch 2.13
 from torch.distributed.distributed_c10d import _set_pg_timeout as set_pg_timeout  # private; tried on torch 2.13
 
 from functitan.errors import CollectiveError, MeshError, report
+from functitan.sharding.agreement import agreement
 from functitan.sharding.mesh import Mesh, MeshSizes, Transport, infer_sizes, mesh_sizes
+from functitan.sharding.program import FIX, describe
 from functitan.sharding.rules import Dims
 
 TIMEOUT_S = 300.0
@@ -35,14 +39,14 @@ def make_mesh(
     `device_type` is "cuda" where there is one, else "cpu"; `backend` is any of torch.distributed's, by its name (gloo
     on CPU, nccl on CUDA unless given); `timeout` in seconds ends collectives that a rank does not join. Starts
     torch.distributed if it is not running. Raises `MeshError` before that if the sizes do not multiply to the number
-    of processes.
+    of processes, and `CollectiveError` if a process does not come in time, or comes with other sizes.
 
     >>> make_mesh(fsdp=1, tp=-1).mesh_dim_names
     ('fsdp', 'tp')
     """
     running, started = dist.is_initialized(), {"RANK", "WORLD_SIZE"} <= set(os.environ)
     world = dist.get_world_size() if running else int(os.environ["WORLD_SIZE"]) if started else 1
-    checked = infer_sizes(sizes or {"dp": -1}, world)
+    checked, limit = infer_sizes(sizes or {"dp": -1}, world), timedelta(seconds=timeout)
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     if not running:
         backend = backend or ("nccl" if device_type == "cuda" else "gloo")
@@ -50,10 +54,12 @@ def make_mesh(
         if device_type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **({} if started else alone))
+        _meet(lambda: dist.init_process_group(backend, timeout=limit, **({} if started else alone)), world, timeout)
+    agree = agreement(get_default_store(), "make_mesh", dist.get_rank(), range(world), limit)
+    agree(f"runs make_mesh({', '.join(f'{dim}={n}' for dim, n in zip(*checked, strict=True))}) on {device_type}")
     device_mesh = init_device_mesh(device_type, checked.sizes, mesh_dim_names=checked.dims)
     for dim in checked.dims:  # a group made by DeviceMesh has its backend's timeout, half an hour
-        set_pg_timeout(timedelta(seconds=timeout), device_mesh.get_group(dim))
+        set_pg_timeout(limit, device_mesh.get_group(dim))
     return device_mesh
 
 
@@ -74,7 +80,7 @@ def _mesh_of(device_mesh: DeviceMesh, _: Any) -> Mesh:
     sizes = mesh_sizes(dict(zip(names, device_mesh.shape, strict=True)))
     # numpy, because the first collective of a group may come while fake tensors are traced
     group = cache(partial(_group, device_mesh, device_mesh.mesh.numpy(), sizes, tuple(coordinate)))
-    return Mesh(sizes, tuple(coordinate), _transport(group))
+    return Mesh(sizes, tuple(coordinate), _transport(group, _agree(device_mesh, tuple(coordinate))))
 
 
 def _group(
@@ -94,13 +100,29 @@ def _group(
     return group.group_name, len(ranks), group.rank()
 
 
+def _agree(device_mesh: DeviceMesh, coordinate: tuple[int, ...]) -> Callable[..., None]:
+    """Agreement with the processes of this one's pipeline stage, through torch.distributed's own store."""
+    names = device_mesh.mesh_dim_names
+    assert names
+    stage = tuple(at if dim == "pp" else slice(None) for dim, at in zip(names, coordinate, strict=True))
+
+    @cache  # made when first asked for
+    def agreed() -> Callable[..., None]:
+        members = device_mesh.mesh.numpy()[stage].ravel().tolist()
+        limit = _timeout(device_mesh.get_group(names[0]), device_mesh.device_type) or timedelta(seconds=TIMEOUT_S)
+        name = f"mesh {zlib.crc32(repr((names, members)).encode()):x}"
+        return agreement(get_default_store(), name, dist.get_rank(), members, limit)
+
+    return lambda program, wait=True: agreed()(program, wait)
+
+
 def _timeout(group: dist.ProcessGroup, device_type: str) -> timedelta | None:
     """The timeout of a group, where its backend tells (`_timeout` in gloo and nccl, tried on torch 2.13)."""
     options = getattr(group._get_backend(torch.device(device_type)), "options", None)
     return getattr(options, "_timeout", None)
 
 
-def _transport(group: Callable[[Dims], tuple[str, int, int]]) -> Transport:
+def _transport(group: Callable[[Dims], tuple[str, int, int]], agree: Callable[..., None]) -> Transport:
     ops, wait = torch.ops._c10d_functional, torch.ops._c10d_functional.wait_tensor
 
     def run(kind: str, x: Tensor, dims: Dims, note: tuple, send: Callable[..., Tensor]) -> Tensor:
@@ -134,7 +156,14 @@ def _transport(group: Callable[[Dims], tuple[str, int, int]]) -> Transport:
 
         return run("permute", x.unsqueeze(0), dims, note, pass_on).squeeze(0)
 
-    return Transport("distributed", all_gather, reduce_scatter, all_reduce, all_to_all, permute)
+    return Transport("distributed", all_gather, reduce_scatter, all_reduce, all_to_all, permute, agree)
+
+
+def _meet(start: Callable[[], None], world: int, timeout: float) -> None:
+    try:
+        start()
+    except dist.DistError as error:
+        raise CollectiveError(_alone(world, timeout, error)) from error
 
 
 def _check_backend(backend: str) -> None:
@@ -145,10 +174,15 @@ def _check_backend(backend: str) -> None:
 
 
 def _failed(kind: str, x: Tensor, dims: Dims, note: tuple, error: RuntimeError) -> str:
-    what = f"{kind} over {'·'.join(dims)} of {str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
-    lines = str(error).splitlines() or [type(error).__name__]
-    return report(
-        f"process {dist.get_rank()} in {what} for {' '.join(map(repr, note))}",
-        [lines[0]],
-        "every process runs the same ops in the same order; look for one that failed, left, or waits elsewhere",
-    )
+    what = f"process {dist.get_rank()} in {describe(kind, dims, tuple(x.shape), x.dtype, note)}"
+    return report(what, [_first_line(error)], f"{FIX}: look for one that failed, left, or waits elsewhere")
+
+
+def _alone(world: int, timeout: float, error: dist.DistError) -> str:
+    what = f"ft.make_mesh in process {os.environ.get('RANK')} of {world}"
+    problem = f"not all came within {timeout:g} s: {_first_line(error)}"
+    return report(what, [problem], "start every process, and look for one that failed before it made its mesh")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -32,10 +32,11 @@ class MeshSizes(NamedTuple):
 
 
 class Transport(NamedTuple):
-    """How one rank's messages travel: five pure functions of a tensor and the mesh dims of a group.
+    """How one rank's messages travel: five pure functions of a tensor and the mesh dims of a group, and a check.
 
     The order of the dims is the order of the ranks in the group, outermost first; N is their number. `op` is "sum" or
-    "max"; `note` names op and pattern in errors.
+    "max"; `note` names op and pattern in errors. `agree` raises `CollectiveError` unless all ranks of this pipeline
+    stage call it with the same text; with `wait=False`, for a rank that fails, it tells the others and returns.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Transport(NamedTuple):
     all_reduce: Callable[..., Any]  # (x, dims, op, note) -> x.shape
     all_to_all: Callable[..., Any]  # (x: [N, ...], dims, note) -> [N, ...]: row j goes to rank j
     permute: Callable[..., Any]  # (x, dims, shift, note) -> x of the rank `shift` places before
+    agree: Callable[..., None]  # (program, wait=True)
 
 
 class Mesh(NamedTuple):

@@ -1,6 +1,7 @@
 """The steps of plans, run on this rank's tensors: sub-axes of framed axes are gathered, scattered and exchanged.
 
-Invariant: every collective that runs anywhere passes through `send`, which enters it into the ledger.
+Invariant: every collective that runs anywhere passes through `send`, which enters it into the ledger and, while
+`ft.checked`, lets all ranks agree on it first.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from functitan.sharding.context import Env
 from functitan.sharding.ledger import FORMULAS
 from functitan.sharding.moves import Step, View
+from functitan.sharding.program import describe
 from functitan.sharding.rules import Dims
 
 
@@ -109,8 +111,11 @@ def reduced(x: Tensor, step: Step, env: Env, label: Label, op: str, dtype: torch
 
 
 def send(kind: str, x: Tensor, dims: Dims, env: Env, label: Label, *options: Any) -> Tensor:
-    """Run one collective over a group of mesh dims, and enter it into the ledger."""
+    """Run one collective over a group of mesh dims, and enter it into the ledger; first agree on it, if checked."""
     assert env.mesh is not None
     n = env.mesh.sizes.size(dims)
     env.note(kind, dims, FORMULAS[kind](x.numel() * x.element_size(), n), x.dtype, *label)
+    if env.checked:
+        program = describe("-".join(map(str, (kind, *options))), dims, tuple(x.shape), x.dtype, label)
+        env.mesh.transport.agree(f"runs {program} in {env.phase}" + (f" at {env.line}" if env.line else ""))
     return getattr(env.mesh.transport, kind)(x, dims, *options, label)

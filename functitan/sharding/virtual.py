@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from functitan.errors import CollectiveError, report
+from functitan.errors import CollectiveError
 from functitan.sharding.context import current, using
 from functitan.sharding.mesh import Mesh, MeshSizes, Transport, mesh_sizes
+from functitan.sharding.program import describe, disagree, waited
 from functitan.sharding.rules import Dims
 
 TIMEOUT_S = 120.0
@@ -96,7 +97,7 @@ class _Table:
                 self.errors.append((rank, error))
             self.condition.notify_all()
 
-    def meet(self, rank: int, group: tuple[int, ...], program: tuple, x: Any, combine: Callable[[list], list]) -> Any:
+    def meet(self, rank: int, group: tuple[int, ...], program: Any, x: Any, combine: Callable[[list], list]) -> Any:
         """Hand in `x`, wait for the group, and take away this rank's part of `combine` of all."""
         with self.condition:
             count = self.counts[rank, group] = self.counts.get((rank, group), 0) + 1
@@ -106,7 +107,7 @@ class _Table:
             last = len(there) == len(group)
         if last:
             if len({program for program, _ in there.values()}) > 1:
-                raise CollectiveError(_disagree(there))
+                raise CollectiveError(disagree({r: _does(program) for r, (program, _) in there.items()}))
             results = combine([there[member][1] for member in group])
             with self.condition:
                 del self.arrived[key]
@@ -165,7 +166,12 @@ def _transport(table: _Table, sizes: MeshSizes, coordinate: tuple[int, ...]) -> 
     def permute(x, dims, shift, note):
         return meet("permute", x, dims, note, lambda xs: [xs[(i - shift) % len(xs)].clone() for i in range(len(xs))])
 
-    return Transport("virtual", all_gather, reduce_scatter, all_reduce, all_to_all, permute)
+    def agree(program, wait=True):
+        if wait:  # else it leaves with an error, which the table shows
+            stage = tuple(dim for dim in sizes.dims if dim != "pp")
+            table.meet(me, members(stage), program, None, lambda nothing: nothing)
+
+    return Transport("virtual", all_gather, reduce_scatter, all_reduce, all_to_all, permute, agree)
 
 
 _REDUCE: dict[str, Callable[[list[torch.Tensor]], torch.Tensor]] = {
@@ -174,12 +180,7 @@ _REDUCE: dict[str, Callable[[list[torch.Tensor]], torch.Tensor]] = {
 }
 
 
-def _disagree(there: dict[int, tuple[Any, Any]]) -> str:
-    lines = [f"rank {rank} runs {_program(program)}" for rank, (program, _) in sorted(there.items())]
-    return report("ranks of one group run different programs", lines, "every rank runs the same ops in the same order")
-
-
-def _missing(rank: int, group: tuple, there: dict, program: tuple, table: _Table, done: bool) -> str:
+def _missing(rank: int, group: tuple, there: dict, program: Any, table: _Table, done: bool) -> str:
     absent = sorted(set(group) - set(there))
     if table.errors:
         why = [
@@ -190,11 +191,12 @@ def _missing(rank: int, group: tuple, there: dict, program: tuple, table: _Table
         why = [f"rank {r} left without joining" for r in absent if r in table.left]
     else:
         why = [f"ranks {absent} did not join within {table.timeout:g} s"]
-    return report(f"rank {rank} waited in {_program(program)}", why, "every rank runs the same ops in the same order")
+    return waited(rank, _does(program).removeprefix("runs "), why)
 
 
-def _program(program: tuple) -> str:
+def _does(program: Any) -> str:
+    """A collective's kind, dims, shape, dtype and note, or what `agree` was told, in words."""
+    if isinstance(program, str):
+        return program
     kind, dims, shape, dtype, *note = program
-    return (
-        f"{kind} over {'·'.join(dims)} of {dtype.removeprefix('torch.')}{list(shape)} for {' '.join(map(repr, note))}"
-    )
+    return f"runs {describe(kind, dims, shape, dtype, tuple(note))}"

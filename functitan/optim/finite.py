@@ -1,0 +1,105 @@
+"""NaN and infinity in the loss or the gradients of a step.
+
+Invariant: all ranks decide alike, by one all-reduce of one flag; which leaves are bad is worked out only once some are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functitan import tree
+from functitan.errors import FunctitanError, NonFiniteError, report
+from functitan.optim.kernels import extremes
+from functitan.sharding.context import current
+from functitan.sharding.moves import Step
+from functitan.sharding.steps import Label, run_step
+
+POLICIES = ("raise", "skip", "ignore")
+
+
+def check_policy(policy: str) -> None:
+    """Raise `FunctitanError` if there is no such policy."""
+    if policy not in POLICIES:
+        raise FunctitanError(
+            report("ft.train_step", [f"nonfinite is {policy!r}"], "choose 'raise', 'skip' or 'ignore'")
+        )
+
+
+def guarded(
+    policy: str, loss: Tensor, grads: tree.Tree, step: Any, old: Any, update: Callable[[bool], Any], donate: bool
+) -> tuple[Any, dict[str, Tensor]]:
+    """(`update(donate)`, metrics) where loss and gradients are finite; else as the policy says.
+
+    "raise": `NonFiniteError` on every rank, before the update. "skip": `old`, and 1 as the metric "skipped", which is
+    else 0. "ignore" looks at nothing.
+    """
+    if policy == "ignore":
+        return update(donate), {}
+    bad = any_nonfinite([loss, grads])
+    if policy == "raise":
+        _refuse(bad, loss, grads, step)
+        return update(donate), {}
+    return _unless(bad, old, update, donate), {"skipped": bad.to(torch.int64)}
+
+
+def any_nonfinite(values: tree.Tree) -> Tensor:
+    """bool `[]`, equal on all ranks: True if a leaf of some rank has a NaN or an infinity.
+
+    >>> any_nonfinite({"a": torch.ones(2), "b": torch.tensor([3e38, torch.inf])})
+    tensor(True)
+    """
+    bad = ~extremes(tree.leaves(values)).isfinite().all()
+    return _over_ranks(bad.to(torch.float32), quiet=False) > 0
+
+
+def _refuse(bad: Tensor, loss: Tensor, grads: tree.Tree, step: Any) -> None:
+    """Raise if `bad`, listing leaves in order, whichever rank has the bad shard. A traced program goes on."""
+    if not _is_value(bad) or not bad.item():
+        return
+    paths = ["loss", *(f"gradients.{path}" for path in tree.paths(grads))]
+    kinds = [torch.stack([x.isnan().any(), x.isinf().any()]) for x in (loss, *tree.leaves(grads))]
+    of_all = _over_ranks(torch.stack(kinds).to(torch.float32), quiet=True).bool().tolist()
+    names = [" and ".join(kind for kind, has in zip(("NaN", "infinity"), row, strict=True) if has) for row in of_all]
+    lines = [f"{path}: {name}" for path, name in zip(paths, names, strict=True) if name]
+    number = len(lines)
+    lines[_SHOWN:] = [f"and {number - _SHOWN} more"] if number > _SHOWN else []
+    where = f"step {int(step)} of ft.train_step, loss {loss.item():g}: {number} of {len(paths)} values are not finite"
+    raise NonFiniteError(report(where, lines, _FIX))
+
+
+def _unless(skip: Tensor, old: Any, update: Callable[[bool], Any], donate: bool) -> Any:
+    """`old` where `skip`, else `update(donate)`, which may overwrite `old`.
+
+    The flag is read before the update runs, so that nothing is copied. A traced program cannot branch on it: it
+    computes both and chooses.
+    """
+    if _is_value(skip):
+        return old if skip.item() else update(donate)
+    mesh = current().mesh
+    if mesh is not None and mesh.transport.name == "explain":
+        return update(donate)  # predicts a step that is not skipped
+    return tree.map(lambda x, y: torch.where(skip, x, y), old, update(False))
+
+
+def _over_ranks(x: Tensor, quiet: bool) -> Tensor:
+    """The maximum over all ranks; `quiet`: after an error, which no prediction knows."""
+    env = current()
+    dims = tuple(dim for dim, n in env.mesh.shape.items() if n > 1) if env.mesh is not None else ()
+    env = env._replace(phase="update", ledger=None if quiet else env.ledger)
+    return run_step(x, Step("all_reduce", dims), env, Label("nonfinite", ""), "max") if dims else x
+
+
+def _is_value(x: Tensor) -> bool:
+    """True for a tensor whose value can be read: not a fake or traced one."""
+    return type(x) is Tensor
+
+
+_SHOWN = 8
+_FIX = (
+    "the state is as before this step: lower the learning rate or clip, look at the batch; "
+    "nonfinite='skip' leaves such steps out, 'ignore' takes them"
+)

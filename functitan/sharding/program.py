@@ -1,0 +1,55 @@
+"""What a rank is about to do, in words: one text for errors, and for checks that all ranks do the same.
+
+Invariant: ranks of one program have equal texts, on every machine: a text holds nothing of one rank's own.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from functitan.errors import report
+from functitan.sharding.rules import Dims
+
+_LIBRARIES = tuple(
+    os.path.join(path, "") for path in (os.path.dirname(os.path.dirname(__file__)), os.path.dirname(torch.__file__))
+)
+
+
+def describe(kind: str, dims: Dims, shape: tuple[int, ...], dtype: Any, note: tuple[str, ...]) -> str:
+    """One collective of a local tensor, and the op and pattern that ask for it.
+
+    >>> describe("all_gather", ("dp", "fsdp"), (2, 3), torch.float32, ("unshard", "batch embed"))
+    "all_gather over dp·fsdp of float32[2, 3] for 'unshard' 'batch embed'"
+    """
+    what = f"{kind} over {'·'.join(dims)} of {str(dtype).removeprefix('torch.')}{list(shape)}"
+    return f"{what} for {' '.join(map(repr, note))}"
+
+
+def user_line() -> str:
+    """The caller's line outside functitan and torch, as "folder/file.py:12"; empty if there is none on this thread."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not file.startswith(_LIBRARIES):  # two parts of the path: machines may keep a program in different places
+            return f"{os.sep.join(file.split(os.sep)[-2:])}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+def disagree(programs: Mapping[int, str]) -> str:
+    """The error of ranks that part ways: what each of them does."""
+    lines = [f"rank {rank} {program}" for rank, program in sorted(programs.items())]
+    return report("ranks of one group run different programs", lines, FIX)
+
+
+def waited(rank: int, program: str, why: list[str]) -> str:
+    """The error of a rank that others did not join."""
+    return report(f"rank {rank} waited in {program}", why, FIX)
+
+
+FIX = "every rank runs the same ops in the same order"
