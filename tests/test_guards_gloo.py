@@ -194,7 +194,7 @@ ELSEWHERE = f"{FIX}: look for one that failed, left, or waits elsewhere"
 SUM = f"all_reduce-sum over fsdp of float32[] for 'reduce' 'batch ->' in forward at {line_of(summed)}"
 GATHER = f"all_gather over fsdp of float32[2] for 'constrain' 'batch -> seq' in forward at {line_of(gathered)}"
 OF_SCALE = "gradients.scale: 'embed', float32[3], differs along fsdp by ... of its norm"
-CLOSED = "... Connection closed by peer ..."
+CLOSED = "... by peer..."  # closed or reset
 NONE = ("", "")
 TEXTS = {  # the errors of rank 0 and of rank 1, and the seconds that they may take; "..." stands for anything
     "other programs": ([("CollectiveError", parted(SUM, f"runs {GATHER}"))] * 2, 0),
