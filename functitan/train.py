@@ -153,7 +153,7 @@ def train_step(
 def _due(check: bool | str, mesh: Mesh | None, seen: WeakSet[Any]) -> bool:
     """True if this step on `mesh` is checked; a mesh is known by one of its functions, which live as long as it."""
     if mesh is None or check != "first":
-        return check is True
+        return mesh is not None and bool(check)
     first = mesh.transport.agree not in seen
     seen.add(mesh.transport.agree)
     return first

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -77,11 +78,9 @@ def _keys(number: int) -> list[str]:
     return [f"{number}/{part}" for part in ("first", "count", "verdict")]
 
 
-def _tried(ask: Callable, me: int, program: str):
+def _tried(ask: Callable[[], Any], me: int, program: str) -> Any:
     try:
         return ask()
     except dist.DistError as error:
         why = f"torch.distributed's store does not answer: {(str(error).splitlines() or [type(error).__name__])[0]}"
-        raise CollectiveError(
-            waited(me, program, [why, "the process that keeps it has ended, or is too busy"])
-        ) from error
+        raise CollectiveError(waited(me, program.removeprefix("runs "), [why])) from error

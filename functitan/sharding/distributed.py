@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import cache, partial
 from typing import Any
@@ -55,7 +55,7 @@ def make_mesh(
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         _meet(lambda: dist.init_process_group(backend, timeout=limit, **({} if started else alone)), world, timeout)
-    agree = agreement(get_default_store(), "make_mesh", dist.get_rank(), range(world), limit)
+    agree = _agreement("make_mesh", range(world), limit)
     agree(f"runs make_mesh({', '.join(f'{dim}={n}' for dim, n in zip(*checked, strict=True))}) on {device_type}")
     device_mesh = init_device_mesh(device_type, checked.sizes, mesh_dim_names=checked.dims)
     for dim in checked.dims:  # a group made by DeviceMesh has its backend's timeout, half an hour
@@ -111,9 +111,15 @@ def _agree(device_mesh: DeviceMesh, coordinate: tuple[int, ...]) -> Callable[...
         members = device_mesh.mesh.numpy()[stage].ravel().tolist()
         limit = _timeout(device_mesh.get_group(names[0]), device_mesh.device_type) or timedelta(seconds=TIMEOUT_S)
         name = f"mesh {zlib.crc32(repr((names, members)).encode()):x}"
-        return agreement(get_default_store(), name, dist.get_rank(), members, limit)
+        return _agreement(name, members, limit)
 
     return lambda program, wait=True: agreed()(program, wait)
+
+
+def _agreement(name: str, members: Sequence[int], limit: timedelta) -> Callable[..., None]:
+    if dist.get_backend() == "fake":  # torch's group of one process that plays a rank of many: the others never come
+        return lambda program, wait=True: None
+    return agreement(get_default_store(), name, dist.get_rank(), members, limit)
 
 
 def _timeout(group: dist.ProcessGroup, device_type: str) -> timedelta | None:
