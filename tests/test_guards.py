@@ -351,6 +351,23 @@ def test_named_ops_pass_with_the_same_loss_and_ledger_checked_or_not(sizes):
     assert "check_equal" not in first[0][1]
 
 
+@pytest.mark.parametrize(("check", "found"), [("first", False), (True, True), (False, False)])
+def test_a_mistake_of_the_second_step_is_found_when_all_are_checked(check, found):
+    def rank(mesh):
+        left, tx = [right, sum_unnamed], ft.optim.sgd(0.1)
+        step = ft.train_step(lambda *args: left.pop(0)(*args), tx, check=check)
+        state = ft.TrainState.create(DECLARED, tx, ft.random.key(0), mesh=mesh, rules=TP)
+        local = ft.shard(X, "batch seq embed", mesh=mesh, rules=TP)
+        state, _ = step(state, local)
+        try:
+            step(state, local)
+        except ft.ReplicationError:
+            return True
+        return False
+
+    assert ft.simulate(dp=2)(rank)() == [found] * 2
+
+
 def differ(of_rank, patterns, sizes, rules=TP) -> str:
     """The text of what `check_equal` finds in the tree that each rank makes, or ''."""
 
@@ -405,5 +422,6 @@ def test_sums_in_another_order_are_equal(dtype):
 
 def test_shards_may_differ_and_every_rank_hears_of_one_replica_that_differs():
     assert differ(lambda mesh: torch.ones(2) * mesh.coordinate[1], "seq", dict(dp=2, tp=2)) == ""
+    assert differ(lambda mesh: torch.ones(2) * mesh.coordinate[0], "seq", dict(pp=2, tp=2)) == ""  # of other stages
     text = differ(lambda mesh: torch.ones(2) * (mesh.rank == 3), "seq", dict(dp=2, tp=2))
     assert text.splitlines()[1] == "  - : 'seq', float32[2], differs along dp by N of its norm"

@@ -19,15 +19,8 @@ LAYERS = [
     ["sharding.mesh", "sharding.rules", "sharding.layout", "sharding.contraction", "sharding.moves", "sharding.choice"]
     + ["sharding.plan"],
     ["sharding.context", "sharding.distributed", "sharding.virtual", "sharding.ledger", "sharding.program"]
-    + [
-        "sharding.agreement",
-        "sharding.steps",
-        "sharding.collectives",
-        "sharding.explain",
-        "sharding.init",
-        "sharding.launch",
-        "sharding",
-    ],
+    + ["sharding.agreement", "sharding.steps", "sharding.collectives", "sharding.explain", "sharding.init"]
+    + ["sharding.launch", "sharding"],
     ["ops", "ops.*"],
     ["nn", "nn.*", "transforms", "transforms.*"],
     ["models", "models.*", "pipeline", "pipeline.*", "optim", "optim.*"],
