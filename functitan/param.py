@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ Initializer = Callable[[Tensor, "Param", Block], Tensor]  # (key, declaration, b
 class Param:
     """One parameter: the pattern names its axes, `shape` is global, `init` makes its first value (default: by fan-in).
 
+    `rules` is the `ft.AxisRules` table that it is stored under, where that is not the program's: `optim.stored`.
+
     >>> Param("embed mlp", (256, 768))
     Param('embed mlp', (256, 768))
     """
@@ -33,6 +36,7 @@ class Param:
     shape: tuple[int, ...]
     init: Initializer = field(default_factory=lambda: fan_in())
     dtype: torch.dtype = torch.float32
+    rules: Any = None  # tables belong to a layer above this one
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -18,10 +17,9 @@ from functitan.axes import Axes, parse_axes, parse_signature, write_axes
 from functitan.errors import LayoutError, MeshError, PatternError, report
 from functitan.ops.contraction import contract
 from functitan.ops.types import Type, layout_here
-from functitan.param import Param
 from functitan.sharding.context import Env, as_mesh, current
 from functitan.sharding.contraction import Contraction, Term
-from functitan.sharding.layout import Layout, block_of, check_rank, divisibility, layout_of, whole
+from functitan.sharding.layout import Layout, axes_of, block_of, check_rank, divisibility, layout_of, table_of, whole
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.rules import AxisRules, check_rules
 from functitan.sharding.steps import Label
@@ -107,8 +105,8 @@ def shard(
     if known is None:
         return values
     leaves, structure = tree.flatten(values)
-    axes = _axes_of(values, patterns, "ft.shard")
-    layouts = [layout_of(a, _table(rules), known.sizes) if a is not None else None for a in axes]
+    types = _types(values, patterns, rules, "ft.shard")
+    layouts = [layout_of(t.axes, _table(t.rules), known.sizes) if t is not None else None for t in types]
     problems = []
     for path, x, layout in zip(tree.paths(values), leaves, layouts, strict=True):
         if layout is not None:
@@ -133,21 +131,22 @@ def unshard(
     if known is None:
         return values
     env = current()._replace(mesh=known, rules=_table(rules))
-    return _moved(values, patterns, env, env.rules, None, "unshard")
+    return _moved(values, patterns, env, _table(rules), None, "unshard")
 
 
 def _moved(
-    values: tree.Tree, patterns: tree.Tree, env: Env, rules: AxisRules | None, to: AxisRules | None, op: str
+    values: tree.Tree, patterns: tree.Tree, env: Env, rules: AxisRules, to: AxisRules | None, op: str
 ) -> tree.Tree:
     leaves, structure = tree.flatten(values)
     moved = []
-    for x, axes in zip(leaves, _axes_of(values, patterns, f"ft.{op}"), strict=True):
-        if axes is None:
+    for x, now in zip(leaves, _types(values, patterns, rules, f"ft.{op}"), strict=True):
+        if now is None:
             moved.append(x)
             continue
+        axes = now.axes
         check_rank(axes, tuple(x.shape), f"ft.{op}")
         goal = Type(axes, layout=whole(axes)) if to is None else Type(axes, rules=to)
-        moved.append(_move(Type(axes, rules=rules), goal, x, env, Label(op, write_axes(axes))))
+        moved.append(_move(now, goal, x, env, Label(op, write_axes(axes))))
     return tree.unflatten(structure, moved)
 
 
@@ -155,14 +154,10 @@ def _move(now: Type, then: Type, x: Tensor, env: Env, label: Label) -> Tensor:
     return contract(Contraction((now,), (then,), (Term(0, (0,)),), ()), (x,), env, label)[0]  # type: ignore[arg-type]
 
 
-def _axes_of(values: tree.Tree, patterns: tree.Tree, what: str) -> list[Axes | None]:
-    """The axes of each leaf, from a tree or prefix of patterns, `Param`s and `None`."""
-    return [axes_of(pattern) for pattern in tree.broadcast_prefix(patterns, values, what)]
-
-
-def axes_of(pattern: Any) -> Axes | None:
-    """The axes of a pattern, a `Param` or `None` (no pattern: equal on every rank)."""
-    return None if pattern is None else parse_axes(pattern.pattern if isinstance(pattern, Param) else pattern)
+def _types(values: tree.Tree, patterns: tree.Tree, rules: AxisRules | None, what: str) -> list[Type | None]:
+    """The type of each leaf, from a tree or prefix of patterns, `Param`s (each under its own rules) and `None`."""
+    given = tree.broadcast_prefix(patterns, values, what)
+    return [None if (axes := axes_of(p)) is None else Type(axes, rules=table_of(p, rules)) for p in given]
 
 
 def _table(rules: AxisRules | None) -> AxisRules:

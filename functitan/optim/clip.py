@@ -13,12 +13,11 @@ from torch import Tensor
 
 from functitan import tree
 from functitan.errors import FunctitanError, PatternError, report
-from functitan.ops.move import axes_of
 from functitan.optim.kernels import owned, scale_, squares, wide_dtype
 from functitan.optim.state import scalar_beside
 from functitan.optim.transform import GradientTransformation
 from functitan.sharding.context import Env, current
-from functitan.sharding.layout import check_rank
+from functitan.sharding.layout import axes_of, check_rank
 from functitan.sharding.moves import Step
 from functitan.sharding.rules import Dims
 from functitan.sharding.steps import Label, run_step

@@ -17,11 +17,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from functitan import tree
-from functitan.axes import Axes, parse_axes, write_axes
+from functitan.axes import write_axes
 from functitan.errors import LayoutError, MeshError, report
 from functitan.param import Param
 from functitan.sharding.context import Env, as_mesh, current, using
-from functitan.sharding.layout import check_rank, divisibility, layout_of, local_shape
+from functitan.sharding.layout import Layout, axes_of, check_rank, divisibility, layout_of, local_shape, table_of
 from functitan.sharding.ledger import Ledger
 from functitan.sharding.mesh import Mesh, MeshSizes, Transport, mesh_sizes
 from functitan.sharding.rules import AxisRules, check_rules
@@ -59,15 +59,15 @@ def explain(
         else (patterns,) * len(args)
     )
     leaves, structure = tree.flatten(args)
-    axes = [
-        _axes(leaf, pattern)
+    layouts = [
+        _layout(leaf, pattern, rules, sizes)
         for leaf, pattern in zip(leaves, tree.broadcast_prefix(given, args, "ft.explain"), strict=True)
     ]
-    _check(tree.paths(args), leaves, axes, rules, sizes)
+    _check(tree.paths(args), leaves, layouts, sizes)
     ledger = Ledger(f"one call on {dict(zip(sizes.dims, sizes.sizes, strict=True))}, rank 0")
     env = Env(Mesh(sizes, (0,) * len(sizes.dims), _transport(sizes)), rules, ledger=ledger)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        shards = [_shard(leaf, its, rules, sizes) for leaf, its in zip(leaves, axes, strict=True)]
+        shards = [_shard(leaf, layout, sizes) for leaf, layout in zip(leaves, layouts, strict=True)]
         memory = _Memory([x for x in shards if isinstance(x, Tensor)])
         ledger.argument_bytes = memory.alive
         with using(current()._replace(**env._asdict())), memory:
@@ -131,27 +131,25 @@ def _sizes(mesh: Any) -> MeshSizes:
     return known.sizes
 
 
-def _axes(leaf: Any, pattern: Any) -> Axes | None:
-    if isinstance(leaf, Param):
-        return parse_axes(leaf.pattern)
-    if pattern is None or not isinstance(leaf, Tensor):
-        return None
-    return parse_axes(pattern.pattern if isinstance(pattern, Param) else pattern)
+def _layout(leaf: Any, pattern: Any, rules: AxisRules, sizes: MeshSizes) -> Layout | None:
+    given = leaf if isinstance(leaf, Param) else pattern if isinstance(leaf, Tensor) else None
+    axes = axes_of(given)
+    return None if axes is None else layout_of(axes, table_of(given, rules), sizes)
 
 
-def _check(paths: list[str], leaves: list[Any], axes: list[Axes | None], rules: AxisRules, sizes: MeshSizes) -> None:
+def _check(paths: list[str], leaves: list[Any], layouts: list[Layout | None], sizes: MeshSizes) -> None:
     problems = []
-    for path, leaf, its in zip(paths, leaves, axes, strict=True):
-        if its is not None:
-            check_rank(its, tuple(leaf.shape), f"ft.explain, argument {path}")
-            problems += divisibility(layout_of(its, rules, sizes), tuple(leaf.shape), sizes, f"argument {path}")
+    for path, leaf, layout in zip(paths, leaves, layouts, strict=True):
+        if layout is not None:
+            check_rank(layout.axes, tuple(leaf.shape), f"ft.explain, argument {path}")
+            problems += divisibility(layout, tuple(leaf.shape), sizes, f"argument {path}")
     if problems:
         raise LayoutError(report("ft.explain", problems, "change the sizes, the mesh, or the rules of those axes"))
 
 
-def _shard(leaf: Any, axes: Axes | None, rules: AxisRules, sizes: MeshSizes) -> Any:
-    if axes is not None:
-        return torch.empty(local_shape(layout_of(axes, rules, sizes), tuple(leaf.shape), sizes), dtype=leaf.dtype)
+def _shard(leaf: Any, layout: Layout | None, sizes: MeshSizes) -> Any:
+    if layout is not None:
+        return torch.empty(local_shape(layout, tuple(leaf.shape), sizes), dtype=leaf.dtype)
     return torch.empty(leaf.shape, dtype=leaf.dtype) if isinstance(leaf, Tensor) else leaf
 
 

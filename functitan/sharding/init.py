@@ -10,11 +10,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from functitan import random, tree
-from functitan.axes import parse_axes
 from functitan.errors import FunctitanError, LayoutError, MeshError, report
 from functitan.param import Param
 from functitan.sharding.context import as_mesh
-from functitan.sharding.layout import block_of, divisibility, layout_of
+from functitan.sharding.layout import axes_of, block_of, divisibility, layout_of, table_of
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.rules import AxisRules
 
@@ -24,6 +23,7 @@ def init(
 ) -> tree.Tree:
     """The tree of this rank's shards (whole values without a mesh), on the key's device.
 
+    A declaration with `rules` of its own lies under those.
     Raises `LayoutError` that lists every leaf whose sizes its mesh dims do not divide, before anything is allocated.
 
     >>> params = init({"w": Param("embed mlp", (4, 8))}, random.key(0))
@@ -43,7 +43,7 @@ def init(
         return tree.map_with_path(lambda path, param: param.init(random.fold_in(key, path), param, None), declarations)
     if not isinstance(rules, AxisRules):
         raise MeshError(report("ft.init", [f"rules is {rules!r}"], "give a table: rules=ft.AxisRules({...})"))
-    layouts = [layout_of(parse_axes(param.pattern), rules, known.sizes) for param in leaves]
+    layouts = [layout_of(axes_of(param), table_of(param, rules), known.sizes) for param in leaves]
     bad = [
         line
         for path, param, layout in zip(paths, leaves, layouts, strict=True)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from functitan.axes import Axes, write_axes
+from functitan.axes import Axes, parse_axes, write_axes
 from functitan.errors import LayoutError, PatternError, RulesError, report
+from functitan.param import Param
 from functitan.sharding.mesh import Mesh, MeshSizes
 from functitan.sharding.rules import AxisRules, Dims, check_rules, unknown_names
 
@@ -60,6 +61,16 @@ def layout_of(axes: Axes, rules: AxisRules, mesh: MeshSizes) -> Layout:
 def whole(axes: Axes) -> Layout:
     """The layout in which every axis is whole."""
     return Layout(axes, ((),) * len(axes))
+
+
+def axes_of(pattern: str | Param | None) -> Axes | None:
+    """The axes of a pattern, a `Param` or `None` (no pattern: equal on every rank)."""
+    return None if pattern is None else parse_axes(pattern.pattern if isinstance(pattern, Param) else pattern)
+
+
+def table_of(pattern: str | Param | None, rules: Any) -> Any:
+    """The table that a tensor lies under: its declaration's own, or else `rules`."""
+    return pattern.rules if isinstance(pattern, Param) and pattern.rules is not None else rules
 
 
 def check_rank(axes: Axes, shape: tuple[int, ...], what: str) -> None:
