@@ -21,6 +21,7 @@ from functitan.optim import ClipState, GradientTransformation, apply_updates
 from functitan.optim.finite import check_policy, guarded
 from functitan.sharding.context import as_mesh, current, spmd, using
 from functitan.sharding.init import init
+from functitan.sharding.layout import table_of
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.rules import AxisRules
 from functitan.transforms.accumulate import accumulate as over_microbatches
@@ -57,12 +58,17 @@ class TrainState:
         mesh: Mesh | DeviceMesh | None = None,
         rules: AxisRules | None = None,
     ) -> TrainState:
-        """Initial parameters and optimizer state on this rank; the step folds its number into `key` for randomness."""
+        """Initial parameters and optimizer state on this rank; the step folds its number into `key` for randomness.
+
+        The optimizer state is what `tx.init(declarations)` declares: a tree of `Param`.
+        """
         known = as_mesh(mesh)
+        _check_tables(declarations)
         of_params, of_steps = random.split(key)
         params = init(declarations, of_params, mesh=known, rules=rules)
         step = torch.zeros((), dtype=torch.int64, device=key.device)
-        return TrainState(params, tx.init(params), step, of_steps, declarations, known, rules)
+        opt_state = init(tx.init(declarations), of_params, mesh=known, rules=rules)
+        return TrainState(params, opt_state, step, of_steps, declarations, known, rules)
 
     @staticmethod
     def declare(declarations: tree.Tree, tx: GradientTransformation, key: Tensor) -> TrainState:
@@ -164,6 +170,17 @@ def _norms(opt_state: Any) -> dict[str, Tensor]:
     states = opt_state if isinstance(opt_state, tuple) else (opt_state,)
     norms = [state.norm for state in states if isinstance(state, ClipState)]
     return {"grad_norm": norms[0]} if norms else {}
+
+
+def _check_tables(declarations: tree.Tree) -> None:
+    own = [
+        f"{path} has rules of its own"
+        for path, leaf in zip(tree.paths(declarations), tree.leaves(declarations), strict=True)
+        if table_of(leaf, None) is not None
+    ]
+    if own:
+        fix = "only optimizer state may be stored under another table than the program's: optim.stored(tx, rules=...)"
+        raise FunctitanError(report("ft.TrainState.create: the parameters", own, fix))
 
 
 def _check_state(state: Any) -> None:

@@ -1,11 +1,12 @@
 """What states are made of: zeros beside each parameter, and counts of steps.
 
-Invariant: the state of a tree of `Param` is a tree of `Param`, with each parameter's pattern and shape; of tensors, of
-tensors with their shape, dtype and device.
+Invariant: the state of a tree of `Param` is a tree of `Param`, which says how each leaf of the state lies; of tensors,
+of tensors with their dtype and device.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def aligned(what: str, updates: tree.Tree, **others: tree.Tree) -> tuple[list[Te
 
 def _zeros(leaf: Param | Tensor) -> Param | Tensor:
     if isinstance(leaf, Param):
-        return Param(leaf.pattern, leaf.shape, zeros, leaf.dtype)
+        return replace(leaf, init=zeros)
     return torch.zeros_like(leaf, memory_format=torch.contiguous_format)
 
 
