@@ -1,9 +1,10 @@
 """Optimizers as gradient transformations, in optax's form."""
 
 from functitan.optim.adam import AdamState, adamw, scale_by_adam
-from functitan.optim.clip import ClipState, clip_by_global_norm, global_norm
+from functitan.optim.clip import ClipState, clip_by_block_rms, clip_by_global_norm
 from functitan.optim.lion import LionState, lion, scale_by_lion
 from functitan.optim.masked import masked, multi_transform
+from functitan.optim.norms import global_norm
 from functitan.optim.schedules import (
     Schedule,
     constant,
@@ -38,6 +39,7 @@ __all__ = [
     "add_decayed_weights",
     "apply_updates",
     "chain",
+    "clip_by_block_rms",
     "clip_by_global_norm",
     "constant",
     "cosine",

@@ -56,10 +56,22 @@ def copy_(xs: list[Tensor], ys: list[Tensor]) -> None:
         torch._foreach_copy_(xs, ys)
 
 
+def scale_each_(xs: list[Tensor], factors: list[Tensor]) -> None:
+    """`x *= factor`, a tensor `[]` for each."""
+    for x, factor in zip(xs, factors, strict=True):
+        x.mul_(factor)
+
+
+def lerp_(xs: list[Tensor], ys: list[Tensor], weight: float) -> None:
+    """`x += weight * (y - x)`."""
+    if xs:
+        torch._foreach_lerp_(xs, ys, weight)
+
+
 def squares(xs: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """The sum `[]` of the squares of all elements, in `dtype`."""
+    """The sum of the squares of each tensor, `[len(xs)]`, in `dtype`."""
     assert xs
-    return torch.stack(torch._foreach_norm(xs, 2.0, dtype=dtype)).square().sum()
+    return torch.stack(torch._foreach_norm(xs, 2.0, dtype=dtype)).square()
 
 
 def extremes(xs: list[Tensor]) -> Tensor:
@@ -91,7 +103,7 @@ def adam_(
             lr=-1.0, beta1=b1, beta2=b2, weight_decay=-1.0, eps=eps, amsgrad=False, maximize=False,
         )  # fmt: skip
         return
-    torch._foreach_lerp_(mu, grads, 1 - b1)
+    lerp_(mu, grads, 1 - b1)
     torch._foreach_mul_(nu, b2)
     torch._foreach_addcmul_(nu, grads, grads, 1 - b2)
     t = count.to(torch.float64)
@@ -109,7 +121,7 @@ def lion_(grads: list[Tensor], mu: list[Tensor], b1: float, b2: float) -> None:
         return
     direction = list(torch._foreach_lerp(mu, grads, 1 - b1))
     torch._foreach_sign_(direction)
-    torch._foreach_lerp_(mu, grads, 1 - b2)
+    lerp_(mu, grads, 1 - b2)
     copy_(grads, direction)
 
 

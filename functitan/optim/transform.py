@@ -91,27 +91,26 @@ def apply_updates(params: tree.Tree, updates: tree.Tree, donate: bool = False) -
     return tree.unflatten(tree.flatten(params)[1], values)
 
 
-def scale(factor: float) -> GradientTransformation:
-    """Multiplies updates by a number."""
-
-    def update(updates, state, params=None, patterns=None, donate=False):
-        return _scaled(updates, factor, donate), state
-
-    return GradientTransformation(lambda params: (), update)
-
-
-def scale_by_learning_rate(learning_rate: float | Schedule) -> GradientTransformation:
-    """Multiplies updates by minus the learning rate: a number, or a schedule of the number of steps taken before."""
-    if not callable(learning_rate):
-        return scale(-learning_rate)
+def scale(factor: float | Schedule) -> GradientTransformation:
+    """Multiplies updates by a number, or a schedule of the number of steps taken before."""
+    if not callable(factor):
+        return GradientTransformation(
+            lambda params: (),
+            lambda updates, state, params=None, patterns=None, donate=False: (_scaled(updates, factor, donate), state),
+        )
 
     def init(params: tree.Tree) -> ScheduleState:
         return ScheduleState(scalar_beside(params, torch.int64))
 
     def update(updates, state, params=None, patterns=None, donate=False):
-        return _scaled(updates, -learning_rate(state.count), donate), ScheduleState(state.count + 1)
+        return _scaled(updates, factor(state.count), donate), ScheduleState(state.count + 1)
 
     return GradientTransformation(init, update)
+
+
+def scale_by_learning_rate(learning_rate: float | Schedule) -> GradientTransformation:
+    """Multiplies updates by minus the learning rate: a number, or a schedule of the number of steps taken before."""
+    return scale((lambda step: -learning_rate(step)) if callable(learning_rate) else -learning_rate)
 
 
 def add_decayed_weights(weight_decay: float, mask: Mask | None = None) -> GradientTransformation:

@@ -1,0 +1,70 @@
+"""Norms of shards: of all leaves together, and of each leaf.
+
+Invariant: each leaf's squares are summed over exactly the mesh dims that shard it, with one all-reduce for each
+distinct set of mesh dims, so that a norm is the unsharded one on every rank.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from functitan import tree
+from functitan.optim.kernels import squares, wide_dtype
+from functitan.optim.patterns import Leaf, leaves_of
+from functitan.sharding.context import Env, current
+from functitan.sharding.moves import Step
+from functitan.sharding.rules import Dims
+from functitan.sharding.steps import Label, run_step
+
+
+def global_norm(values: tree.Tree, patterns: tree.Tree | None = None) -> Tensor:
+    """The Euclidean norm `[]` of all leaves together, taken in float32 or wider.
+
+    `patterns` is a tree, or a prefix, of patterns or `Param`s (`None`: equal on every rank). Raises `PatternError` if
+    it is left out where the rules shard anything.
+
+    >>> global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([[4.0]])})
+    tensor(5.)
+    """
+    return norm_in(current(), values, patterns)
+
+
+def norm_in(env: Env, values: tree.Tree, patterns: tree.Tree | None) -> Tensor:
+    """`global_norm` in these surroundings."""
+    leaves = tree.leaves(values)
+    if not leaves:
+        return torch.zeros(())
+    dtype = wide_dtype([x.dtype for x in leaves])
+    total = None
+    for dims, group in _by_dims(leaves_of("global_norm", values, patterns, env), env).items():
+        part = squares([leaves[i] for i in group], dtype).sum()
+        part = run_step(part, Step("all_reduce", dims), env, Label("global_norm", "")) if dims else part
+        total = part if total is None else total + part
+    assert total is not None
+    return total.sqrt()  # with pipeline stages, each rank's total is first summed over pp: this is the place
+
+
+def rms_in(env: Env, what: str, values: tree.Tree, patterns: tree.Tree | None) -> list[Tensor]:
+    """The root of the mean square `[]` of each leaf, in float32 or wider."""
+    leaves, known = tree.leaves(values), leaves_of(what, values, patterns, env)
+    dtype = wide_dtype([x.dtype for x in leaves])
+    found: dict[int, Tensor] = {}
+    for dims, group in _by_dims(known, env).items():
+        sums = squares([leaves[i] for i in group], dtype)
+        sums = run_step(sums, Step("all_reduce", dims), env, Label(what, "")) if dims else sums
+        found.update(zip(group, sums.unbind(), strict=True))
+    sizes = [math.prod(leaf.global_shape(tuple(x.shape))) for leaf, x in zip(known, leaves, strict=True)]
+    return [(found[i] / size).sqrt() for i, size in enumerate(sizes)]
+
+
+def _by_dims(leaves: list[Leaf], env: Env) -> dict[Dims, list[int]]:
+    """The numbers of the leaves by the mesh dims that shard them, as a set: in the mesh's order, `()` for none."""
+    found: dict[Dims, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        sharded = {dim for dims in leaf.layout.dims for dim in dims}
+        order = () if env.mesh is None else env.mesh.sizes.dims
+        found.setdefault(tuple(dim for dim in order if dim in sharded), []).append(i)
+    return found

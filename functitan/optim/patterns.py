@@ -1,0 +1,65 @@
+"""What an update knows of each leaf: its pattern, and the surroundings in which named ops see it.
+
+Invariant: on a mesh that shards anything, an update that mixes positions of a leaf refuses to run without patterns.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from functitan import tree
+from functitan.axes import Axes, write_axes
+from functitan.errors import PatternError, report
+from functitan.sharding.context import Env
+from functitan.sharding.layout import Layout, axes_of, check_rank, global_shape, whole
+
+
+class Leaf(NamedTuple):
+    """One leaf of an update: its path, axes, and surroundings, which have no mesh where all ranks hold it whole."""
+
+    path: str
+    axes: Axes
+    env: Env
+
+    @property
+    def pattern(self) -> str:
+        return write_axes(self.axes)
+
+    @property
+    def layout(self) -> Layout:
+        return whole(self.axes) if self.env.mesh is None else self.env.layout(self.axes)
+
+    def global_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The global shape of which this rank holds `shape`."""
+        return shape if self.env.mesh is None else global_shape(self.layout, shape, self.env.mesh.sizes)
+
+
+def leaves_of(what: str, values: tree.Tree, patterns: tree.Tree | None, env: Env) -> list[Leaf]:
+    """Each leaf of a tree, in order; one without a pattern is equal on every rank, and its axes are numbered.
+
+    Raises `PatternError` if `patterns` is left out where the rules shard anything.
+    """
+    if patterns is None and env.mesh is not None:
+        assert env.rules is not None
+        sharding = [
+            f"rule {name!r} shards over {dims}" for name, dims in env.rules.items() if env.mesh.sizes.size(dims) > 1
+        ]
+        if sharding:
+            raise PatternError(report(f"{what} without patterns", sharding, _FIX_PATTERNS))
+    plain = env._replace(mesh=None, rules=None)
+    found = []
+    given = tree.broadcast_prefix(patterns, values, "patterns")
+    for path, x, pattern in zip(tree.paths(values), tree.leaves(values), given, strict=True):
+        axes = axes_of(pattern)
+        if axes is not None:
+            check_rank(axes, tuple(x.shape), path)
+        found.append(Leaf(path, numbered(x), plain) if axes is None else Leaf(path, axes, env))
+    return found
+
+
+def numbered(x: Any) -> Axes:
+    """Names for the axes of a tensor that has no pattern."""
+    return tuple(f"axis{i}" for i in range(len(x.shape)))
+
+
+_FIX_PATTERNS = "say how each leaf is sharded: tx.update(grads, state, params, patterns=patterns)"
