@@ -14,6 +14,12 @@ from functitan.ops.einsum import einsum
 from functitan.ops.reduce import broadcast
 from functitan.param import Initializer, Param, fan_in, zeros
 
+MATRICES = {  # what each projection maps, for optimizers of matrices: `optim.muon`
+    "embed heads head_dim": "embed -> heads head_dim",
+    "embed kv_heads head_dim": "embed -> kv_heads head_dim",
+    "heads head_dim embed": "heads head_dim -> embed",
+}
+
 
 def params(
     embed: int,

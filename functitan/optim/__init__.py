@@ -1,9 +1,12 @@
 """Optimizers as gradient transformations, in optax's form."""
 
+from functitan.optim.adafactor import adafactor, scale_by_param_block_rms
 from functitan.optim.adam import AdamState, adamw, scale_by_adam
 from functitan.optim.clip import ClipState, clip_by_block_rms, clip_by_global_norm
+from functitan.optim.factored import FactoredState, scale_by_factored_rms
 from functitan.optim.lion import LionState, lion, scale_by_lion
 from functitan.optim.masked import masked, multi_transform
+from functitan.optim.muon import muon, orthogonalized, scale_by_muon
 from functitan.optim.norms import global_norm
 from functitan.optim.schedules import (
     Schedule,
@@ -15,6 +18,7 @@ from functitan.optim.schedules import (
     warmup_stable_decay,
 )
 from functitan.optim.sgd import MomentumState, scale_by_momentum, sgd
+from functitan.optim.stored import stored
 from functitan.optim.transform import (
     GradientTransformation,
     ScheduleState,
@@ -30,11 +34,13 @@ from functitan.optim.transform import (
 __all__ = [
     "AdamState",
     "ClipState",
+    "FactoredState",
     "GradientTransformation",
     "LionState",
     "MomentumState",
     "Schedule",
     "ScheduleState",
+    "adafactor",
     "adamw",
     "add_decayed_weights",
     "apply_updates",
@@ -50,13 +56,19 @@ __all__ = [
     "lion",
     "masked",
     "multi_transform",
+    "muon",
+    "orthogonalized",
     "piecewise",
     "scale",
     "scale_by_adam",
+    "scale_by_factored_rms",
     "scale_by_learning_rate",
     "scale_by_lion",
     "scale_by_momentum",
+    "scale_by_muon",
+    "scale_by_param_block_rms",
     "sgd",
+    "stored",
     "warmup_cosine",
     "warmup_stable_decay",
 ]

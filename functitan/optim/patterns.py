@@ -5,13 +5,16 @@ Invariant: on a mesh that shards anything, an update that mixes positions of a l
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from torch import Tensor
 
 from functitan import tree
-from functitan.axes import Axes, write_axes
+from functitan.axes import Axes, parse_axes, write_axes
 from functitan.errors import PatternError, report
+from functitan.param import Param
 from functitan.sharding.context import Env
-from functitan.sharding.layout import Layout, axes_of, check_rank, global_shape, whole
+from functitan.sharding.layout import Layout, axes_of, check_rank, global_shape, local_shape, whole
 
 
 class Leaf(NamedTuple):
@@ -33,6 +36,12 @@ class Leaf(NamedTuple):
         """The global shape of which this rank holds `shape`."""
         return shape if self.env.mesh is None else global_shape(self.layout, shape, self.env.mesh.sizes)
 
+    def shape_of(self, axes: Axes, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The local shape of a tensor with some of the leaf's axes, in the layout of its own pattern."""
+        sizes = dict(zip(self.axes, self.global_shape(shape), strict=True))
+        kept = tuple(sizes[axis] for axis in axes)
+        return kept if self.env.mesh is None else local_shape(self.env.layout(axes), kept, self.env.mesh.sizes)
+
 
 def leaves_of(what: str, values: tree.Tree, patterns: tree.Tree | None, env: Env) -> list[Leaf]:
     """Each leaf of a tree, in order; one without a pattern is equal on every rank, and its axes are numbered.
@@ -53,13 +62,13 @@ def leaves_of(what: str, values: tree.Tree, patterns: tree.Tree | None, env: Env
         axes = axes_of(pattern)
         if axes is not None:
             check_rank(axes, tuple(x.shape), path)
-        found.append(Leaf(path, numbered(x), plain) if axes is None else Leaf(path, axes, env))
+        found.append(Leaf(path, named_axes(x), plain) if axes is None else Leaf(path, axes, env))
     return found
 
 
-def numbered(x: Any) -> Axes:
-    """Names for the axes of a tensor that has no pattern."""
-    return tuple(f"axis{i}" for i in range(len(x.shape)))
+def named_axes(x: Param | Tensor) -> Axes:
+    """The axes of a declaration; numbered ones of a tensor, which has no pattern."""
+    return parse_axes(x.pattern) if isinstance(x, Param) else tuple(f"axis{i}" for i in range(x.dim()))
 
 
 _FIX_PATTERNS = "say how each leaf is sharded: tx.update(grads, state, params, patterns=patterns)"

@@ -52,7 +52,7 @@ def aligned(what: str, updates: tree.Tree, **others: tree.Tree) -> tuple[list[Te
         for i, (x, y) in enumerate(zip(leaves, its, strict=True)):
             if x.shape != y.shape or x.dtype != y.dtype:
                 path = tree.paths(updates)[i] or "leaf"
-                problems.append(f"{path}: updates {_described(x)}, {name} {_described(y)}")
+                problems.append(f"{path}: updates {described(x)}, {name} {described(y)}")
     if problems:
         raise FunctitanError(report(what, problems, _FIX_ALIGN))
     return tuple(found)
@@ -64,7 +64,8 @@ def _zeros(leaf: Param | Tensor) -> Param | Tensor:
     return torch.zeros_like(leaf, memory_format=torch.contiguous_format)
 
 
-def _described(x: Tensor) -> str:
+def described(x: Tensor) -> str:
+    """Shape and dtype, for errors."""
     return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
 
 
