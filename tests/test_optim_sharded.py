@@ -60,6 +60,21 @@ def sent(tx, sizes):
     return ledger
 
 
+@pytest.mark.parametrize("size", [1e-9, 1e-20])
+def test_adafactor_bounds_tiny_estimates_as_torch_does(size):
+    """The mean of rows by eps, the estimate by its square: in float64 eps is 2e-16, gradients are below its root."""
+    grads = size * torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    params, theirs = torch.zeros(6, 5, dtype=torch.float64), torch.zeros(6, 5, dtype=torch.float64)
+    tx, oracle = optim.adafactor(), torch.optim.Adafactor([theirs])
+    state = tx.init(params)
+    for g in grads:
+        updates, state = tx.update(g, state, params)
+        params, theirs.grad = optim.apply_updates(params, updates), g
+        oracle.step()
+    assert params.any()
+    torch.testing.assert_close(params, theirs, rtol=1e-11, atol=0)  # float64, four steps
+
+
 def test_adafactor_sends_statistics_and_never_a_matrix():
     ledger = sent(optim.adafactor(), {"fsdp": 2, "tp": 2})
     assert all(entry.bytes <= 16 * 4 for entry in ledger)  # at most a row or a column of a matrix of 8 x 16 float32
