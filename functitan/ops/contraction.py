@@ -21,6 +21,8 @@ from functitan.sharding.contraction import Contraction, Term, cotangents, tangen
 from functitan.sharding.plan import Plan, plan
 from functitan.sharding.steps import Label, run_step
 
+Sizes = tuple[tuple[str, int], ...]  # (axis, global size)
+
 
 class Static(NamedTuple):
     """The static data of a call: the contraction in types and in full layouts, its plan, its label, its reduction."""
@@ -52,6 +54,14 @@ def contract(
     static = Static(typed, full, chosen, label, reduction, fixed, tuple(x.dtype for x in tensors))
     linear = all(len(term.operands) == 1 for term in typed.terms)
     return apply(Call(_LINEAR if linear else _PRODUCT, env, static, *hidden), *tensors)
+
+
+def move(now: Type, then: Type, x: Tensor, env: Env, label: Label, sizes: Sizes = ()) -> Tensor:
+    """A tensor in another layout, its axes in another order; summed over those that `then` lacks.
+
+    `sizes` gives the global sizes of the axes that only `then` has. Transpose: the move back.
+    """
+    return contract(Contraction((now,), (then,), (Term(0, (0,)),), sizes), (x,), env, label)[0]
 
 
 def lift(own: Type, x: Tensor, hidden: Hiddens, env: Env, label: Label) -> Tensor:

@@ -103,6 +103,13 @@ def hidden_axes(x: Tensor, env: Env, shown: frozenset[str] = frozenset()) -> Hid
             return tuple(reversed(found))
 
 
+def peeled(x: Tensor) -> Tensor:
+    """The plain tensor under all transforms; axes that vmaps hide stand somewhere in it."""
+    while functorch.is_functorch_wrapped_tensor(x):
+        x = functorch.get_unwrapped(x)
+    return x
+
+
 def vmaps_around(env: Env) -> Hiddens:
     """The axes of each `ft.vmap` around the caller, outermost first: those of a tensor that all of them batch."""
     names = dict(env.vmap_axes)
@@ -118,9 +125,7 @@ def hide(x: Tensor, hidden: Hiddens) -> Tensor:
     """A view of a tensor that no vmap batches, with these axes hidden in it: equal along each of them."""
     if not hidden:
         return x
-    x = x.expand(*(h.size for h in hidden), *x.shape)
-    while functorch.is_functorch_wrapped_tensor(x):  # by transforms further in than these axes
-        x = functorch.get_unwrapped(x)
+    x = peeled(x.expand(*(h.size for h in hidden), *x.shape))  # of transforms further in than these axes
     for h in hidden:
         x = functorch._add_batch_dim(x, 0, h.level)
     return x

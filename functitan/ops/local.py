@@ -54,7 +54,13 @@ def _single(axes: Axes, result: Axes) -> Product:
     order = _order(kept, result)
     if not summed:
         return (lambda x: x) if order is None else (lambda x: x.permute(order))
-    return (lambda x: x.sum(summed)) if order is None else (lambda x: x.sum(summed).permute(order))
+    return (lambda x: _sum(x, summed)) if order is None else (lambda x: _sum(x, summed).permute(order))
+
+
+def _sum(x: Tensor, places: list[int]) -> Tensor:
+    """The sum; a view where there is nothing to add, as on the one replica of a weight's gradient that a rank has."""
+    alone = x.is_floating_point() and all(x.shape[i] == 1 for i in places)
+    return x.squeeze(places) if alone else x.sum(places)
 
 
 def _pair(a: Axes, b: Axes, result: Axes) -> Product:

@@ -15,9 +15,10 @@ from torch.nn import functional
 
 from functitan.axes import Axes, parse_axes, parse_signature, write_axes
 from functitan.errors import PatternError, report
-from functitan.ops.contraction import contract, lift
+from functitan.ops.contraction import contract, lift, move
 from functitan.ops.function import Call, Hidden, Op, apply, hidden_axes
-from functitan.ops.reduce import reduce
+from functitan.ops.labels import IGNORE, check_labels, own_labels, poisoned
+from functitan.ops.local import product
 from functitan.ops.types import Type, check_cotangents, resolve
 from functitan.sharding.context import Env, current
 from functitan.sharding.contraction import Contraction, Term
@@ -25,14 +26,13 @@ from functitan.sharding.layout import Layout, check_rank
 from functitan.sharding.moves import Step
 from functitan.sharding.steps import Label, run_step
 
-IGNORE = -100
-
 
 def cross_entropy(pattern: str, logits: Tensor, labels: Tensor, *, ignore_index: int = IGNORE) -> Tensor:
     """-log softmax(logits)[label] over the axis that the labels lack: `"batch seq vocab, batch seq -> batch seq"`.
 
     Without `->` the result has the labels' pattern; a shorter result is summed. Labels are global, int64; those equal
-    to `ignore_index` give 0 and no gradient. Computed in float32 or better. Raises `PatternError`.
+    to `ignore_index` give 0 and no gradient. Computed in float32 or better. Raises `PatternError`, and `FunctitanError`
+    for other labels outside the vocabulary on the CPU; elsewhere, on a mesh, their loss is NaN.
 
     >>> cross_entropy("batch vocab, batch -> batch", torch.zeros(2, 4), torch.tensor([1, -100]))
     tensor([1.3863, 0.0000])
@@ -42,17 +42,14 @@ def cross_entropy(pattern: str, logits: Tensor, labels: Tensor, *, ignore_index:
     check_rank(rows, tuple(labels.shape), f"cross_entropy({pattern!r}), labels")
     env, label = current(), Label("cross_entropy", pattern)
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    if env.mesh is None:
-        flat = logits.movedim(axes.index(vocab), -1)
-        order = tuple(axis for axis in axes if axis != vocab)
-        turned = labels if order == rows else labels.permute([rows.index(axis) for axis in order])
-        loss = functional.cross_entropy(
-            flat.reshape(-1, flat.shape[-1]), turned.reshape(-1), reduction="none", ignore_index=ignore_index
-        ).view(turned.shape)
-        loss = loss if order == rows else loss.permute([order.index(axis) for axis in rows])
-    else:
-        loss = _sharded(axes, rows, vocab, logits, labels, ignore_index, env, label)
-    return loss if result == rows else reduce(f"{write_axes(rows)} -> {write_axes(result)}", loss)
+    if env.mesh is not None:
+        return _sharded(axes, rows, result, vocab, logits, labels, ignore_index, env, label)
+    check_labels(labels, logits.shape[axes.index(vocab)], ignore_index, env, label)
+    order = tuple(axis for axis in axes if axis != vocab)
+    flat, turned = logits.movedim(axes.index(vocab), -1), product((rows,), order, (labels,))
+    flat = flat.reshape(-1, flat.shape[-1])
+    loss = functional.cross_entropy(flat, turned.reshape(-1), reduction="none", ignore_index=ignore_index)
+    return product((order,), result, (loss.view(turned.shape),))
 
 
 class _Static(NamedTuple):
@@ -69,22 +66,28 @@ class _Static(NamedTuple):
 
 
 def _sharded(
-    axes: Axes, rows: Axes, vocab: str, logits: Tensor, labels: Tensor, ignore_index: int, env: Env, label: Label
+    axes: Axes,
+    rows: Axes,
+    result: Axes,
+    vocab: str,
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    env: Env,
+    label: Label,
 ) -> Tensor:
+    given = labels
     every = tuple(sorted({*hidden_axes(logits, env), *hidden_axes(labels, env)}))
     logits, labels = lift(Type(axes), logits, every, env, label), lift(Type(rows), labels, every, env, label)
     typed = Contraction((Type(axes), Type(rows)), (Type(axes),), (Term(0, (0, 1)),), ())
     full, _ = resolve(typed, (logits, labels), env, label)
     static = _Static(axes, vocab, full.results[0], full.sizes, ignore_index, label)  # type: ignore[arg-type]
+    check_labels(given, dict(full.sizes)[vocab], ignore_index, env, label)
     inner = static.row_type(axes)
-    labels = _move(Type(rows), inner, labels, env, label)
+    labels = move(Type(rows), inner, labels, env, label)
     call = Call(_CROSS_ENTROPY, env, static, (every, every), (every, every))
     loss, _ = apply(call, logits, labels)
-    return _move(inner, Type(rows), loss, env, label)
-
-
-def _move(now: Type, then: Type, x: Tensor, env: Env, label: Label) -> Tensor:
-    return contract(Contraction((now,), (then,), (Term(0, (0,)),), ()), (x,), env, label)[0]  # type: ignore[arg-type]
+    return move(inner, Type(result), loss, env, label)
 
 
 def _run(call: Call, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,20 +99,17 @@ def _run(call: Call, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     top = run_step(top, step, call.env, static.label, "max") if dims else top
     top = torch.where(top.isinf(), torch.zeros_like(top), top)
     total = (logits - top.unsqueeze(place)).exp_().sum(place)
-    at, inside = _own_labels(static, labels, logits.shape[place], call.env)
+    at, inside = _own(static, labels, logits.shape[place], call.env)
     picked = torch.where(inside, logits.gather(place, at.unsqueeze(place)).squeeze(place), 0.0)
     if dims:
         total, picked = run_step(torch.stack([total, picked]), step, call.env, static.label).unbind()
-    lse = total.log() + top
+    lse = poisoned(total.log() + top, labels, dict(static.sizes)[static.vocab], static.ignore_index)
     return torch.where(labels == static.ignore_index, 0.0, lse - picked), lse
 
 
-def _own_labels(static: _Static, labels: Tensor, size: int, env: Env) -> tuple[Tensor, Tensor]:
-    """Labels as indices into this rank's part of the vocabulary, and which of them are in it."""
+def _own(static: _Static, labels: Tensor, size: int, env: Env) -> tuple[Tensor, Tensor]:
     assert env.mesh is not None
-    at = labels - env.mesh.index(static.layout.of(static.vocab)) * size
-    inside = (at >= 0) & (at < size) & (labels != static.ignore_index)
-    return torch.where(inside, at, 0), inside
+    return own_labels(labels, env.mesh.index(static.layout.of(static.vocab)) * size, size, static.ignore_index)
 
 
 def _vjp(
@@ -125,7 +125,7 @@ def _vjp(
     (logits,), (labels, lse, g_loss, g_lse) = _together(static, [tensors[0]], [tensors[1], results[1], *grads], env)
     place, last = static.axes.index(static.vocab), logits.dim()
     spread = lambda x: _spread(static, x, env)
-    at, inside = _own_labels(static, labels, logits.shape[place], env)
+    at, inside = _own(static, labels, logits.shape[place], env)
     soft = (logits - spread(lse)).exp()
     positions = torch.arange(logits.shape[place], device=logits.device).view(
         [-1 if i == place else 1 for i in range(last)]
@@ -172,7 +172,7 @@ def _jvp(call: Call, tensors: tuple[Tensor, ...], results: tuple[Tensor, ...], g
     (logits, t), (labels, lse) = _together(static, [tensors[0], given[0]], [tensors[1], results[1]], env)
     assert t is not None
     place = static.axes.index(static.vocab)
-    at, inside = _own_labels(static, labels, logits.shape[place], env)
+    at, inside = _own(static, labels, logits.shape[place], env)
     soft = (logits - _spread(static, lse, env)).exp()
     typed = Contraction(
         (Type(static.axes, layout=static.layout),), (static.row_type(static.axes),), (Term(0, (0,)),), static.sizes

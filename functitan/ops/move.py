@@ -15,10 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from functitan import tree
 from functitan.axes import Axes, parse_axes, parse_signature, write_axes
 from functitan.errors import LayoutError, MeshError, PatternError, report
-from functitan.ops.contraction import contract
+from functitan.ops.contraction import move
 from functitan.ops.types import Type, layout_here
 from functitan.sharding.context import Env, as_mesh, current
-from functitan.sharding.contraction import Contraction, Term
 from functitan.sharding.layout import Layout, axes_of, block_of, check_rank, divisibility, layout_of, table_of, whole
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.rules import AxisRules, check_rules
@@ -39,7 +38,7 @@ def constrain(pattern: str, x: Tensor) -> Tensor:
     env = current()
     if env.mesh is None:
         return x
-    return _move(Type(axes), Type(axes, lookup=names), x, env, Label("constrain", pattern))
+    return move(Type(axes), Type(axes, lookup=names), x, env, Label("constrain", pattern))
 
 
 def where_whole(pattern: str, axis: str, fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -61,7 +60,7 @@ def where_whole(pattern: str, axis: str, fn: Callable[[Tensor], Tensor], x: Tens
     if not layout.of(axis):
         return fn(x)
     goal = Type(axes, layout=Layout(layout.axes, tuple(() if a == axis else layout.of(a) for a in layout.axes)))
-    return _move(goal, own, fn(_move(own, goal, x, env, label)), env, label)
+    return move(goal, own, fn(move(own, goal, x, env, label)), env, label)
 
 
 def constrain_like(pattern: str, x: Tensor, like_pattern: str, like: Tensor) -> Tensor:
@@ -77,7 +76,7 @@ def constrain_like(pattern: str, x: Tensor, like_pattern: str, like: Tensor) -> 
     if env.mesh is None:
         return x
     layout = layout_here(others, like, env)
-    return _move(Type(axes), Type(axes, layout=layout), x, env, Label("constrain_like", pattern))
+    return move(Type(axes), Type(axes, layout=layout), x, env, Label("constrain_like", pattern))
 
 
 def reshard(values: tree.Tree, patterns: tree.Tree, *, to_rules: AxisRules) -> tree.Tree:
@@ -146,12 +145,8 @@ def _moved(
         axes = now.axes
         check_rank(axes, tuple(x.shape), f"ft.{op}")
         goal = Type(axes, layout=whole(axes)) if to is None else Type(axes, rules=to)
-        moved.append(_move(now, goal, x, env, Label(op, write_axes(axes))))
+        moved.append(move(now, goal, x, env, Label(op, write_axes(axes))))
     return tree.unflatten(structure, moved)
-
-
-def _move(now: Type, then: Type, x: Tensor, env: Env, label: Label) -> Tensor:
-    return contract(Contraction((now,), (then,), (Term(0, (0,)),), ()), (x,), env, label)[0]  # type: ignore[arg-type]
 
 
 def _types(values: tree.Tree, patterns: tree.Tree, rules: AxisRules | None, what: str) -> list[Type | None]:
