@@ -18,6 +18,7 @@ from functitan.errors import (
 from functitan.ops.attention import attention
 from functitan.ops.dropout import dropout
 from functitan.ops.einsum import einsum
+from functitan.ops.linear_loss import linear_cross_entropy
 from functitan.ops.lookup import iota, select, sizes, take
 from functitan.ops.loss import cross_entropy
 from functitan.ops.move import constrain, reshard, shard, unshard
@@ -72,6 +73,7 @@ __all__ = [
     "jvp",
     "launch",
     "layer_norm",
+    "linear_cross_entropy",
     "make_mesh",
     "metrics",
     "models",

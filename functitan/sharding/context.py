@@ -7,6 +7,7 @@ recomputation read the kept one, because they may run on another thread, where t
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,7 +19,7 @@ from functitan.errors import MeshError, report
 from functitan.sharding.distributed import mesh_of
 from functitan.sharding.layout import Layout, layout_of
 from functitan.sharding.ledger import Entry, Ledger, Taps
-from functitan.sharding.mesh import Mesh
+from functitan.sharding.mesh import Mesh, MeshSizes, Transport
 from functitan.sharding.program import user_line
 from functitan.sharding.rules import AxisRules, check_rules
 
@@ -44,11 +45,29 @@ class Env(NamedTuple):
             self.ledger.patterns.add(axes)
         return layout_of(axes, self.rules, self.mesh.sizes)
 
+    def on_one_rank(self, axes: tuple[str, ...]) -> Env:
+        """These surroundings with a mesh, of one rank if there is none: for ops that run in one way only."""
+        if self.mesh is not None:
+            return self
+        return self._replace(mesh=_ALONE, rules=_nothing_sharded(axes, tuple(name for _, name in self.vmap_axes)))
+
     def note(self, collective: str, dims: tuple[str, ...], nbytes: int, dtype: Any, op: str, pattern: str) -> None:
         """Enter one collective into the ledger, if there is one."""
         if self.ledger is not None:
             entry = Entry(collective, dims, nbytes, dtype, self.phase, self.recomputed, op, pattern)
             self.ledger.entries.append(entry)
+
+
+@functools.cache
+def _nothing_sharded(*groups: tuple[str, ...]) -> AxisRules:
+    return AxisRules(dict.fromkeys(itertools.chain(*groups)))
+
+
+def _no_message(*args: Any) -> Any:
+    raise AssertionError("a mesh of one rank sends nothing")
+
+
+_ALONE = Mesh(MeshSizes((), ()), (), Transport("alone", *(5 * [_no_message])))
 
 
 _CURRENT: ContextVar[Env] = ContextVar("functitan", default=Env())  # noqa: B039 (an Env is immutable)
