@@ -23,6 +23,7 @@ from functitan.ops.lookup import iota, select, sizes, take
 from functitan.ops.loss import cross_entropy
 from functitan.ops.move import constrain, reshard, shard, unshard
 from functitan.ops.norm import layer_norm, rms_norm
+from functitan.ops.rearrange import rearrange
 from functitan.ops.reduce import broadcast, reduce
 from functitan.param import Param
 from functitan.sharding.context import as_mesh, record, spmd
@@ -81,6 +82,7 @@ __all__ = [
     "optim",
     "parse_axes",
     "random",
+    "rearrange",
     "record",
     "reduce",
     "reshard",
