@@ -42,6 +42,8 @@ def loss(params, tokens):
     x = x * ft.broadcast("embed -> batch seq embed", params["scale"])
     q = ft.einsum("batch seq embed, embed heads head_dim -> batch seq heads head_dim", x, params["q"])
     q = ft.attention("batch seq heads head_dim, batch seq heads head_dim", q, q, q, causal=True)
+    q = ft.rearrange("batch seq heads head_dim -> batch seq (heads head_dim)", q)
+    q = ft.rearrange("batch seq (heads head_dim) -> batch seq heads head_dim", q.tanh(), head_dim=SIZES["head_dim"])
     x = x + ft.einsum("batch seq heads head_dim, embed heads head_dim -> batch seq embed", q, params["q"])
     h = ft.einsum("batch seq embed, embed mlp -> batch seq mlp", x, params["up"])
     x = x + ft.einsum("batch seq mlp, embed mlp -> batch seq embed", h.tanh(), params["up"])
@@ -49,7 +51,8 @@ def loss(params, tokens):
     last = ft.constrain("batch embed -> batch embed", ft.select("batch seq embed -> batch embed", x, -1))
     logits = ft.einsum("batch embed, embed vocab -> batch vocab", last, params["out"])
     labels = ft.select("batch seq -> batch", tokens, 0)
-    return ft.cross_entropy("batch vocab, batch -> ", logits, labels)
+    chunked = ft.linear_cross_entropy("batch embed, embed vocab, batch -> ", last, params["out"], labels, chunk=1)
+    return chunked + ft.cross_entropy("batch vocab, batch -> ", logits, labels)
 
 
 def values():

@@ -78,7 +78,7 @@ def static_of(typed: Contraction, full: Contraction, embed: str, vocab: str, opt
 
 
 def _run(call: Call, x: Tensor, w: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(loss, logsumexp) of rows. Ranks with other parts of the vocabulary tell each other two numbers of each row."""
+    """(loss, logsumexp) of rows. Ranks with parts of the vocabulary exchange maxima, then two sums, of all rows."""
     static, env, options = call.static, call.env, call.static.options
     step = Step("all_reduce", static.places.logits.of(static.vocab))
     matmuls = _matmuls(static, x, w, labels, env)
