@@ -23,5 +23,5 @@ def text():
 def test_every_optimizer_has_one_curve(name):
     *meshes, with_dp = CURVES["MESHES"]
     plain, worst = CURVES["differences"](name, SMALL, text(), [with_dp] if name.startswith("stored") else meshes)
-    assert plain[-1] < plain[0] - 0.5  # it learns, so its updates are seen in the losses
+    assert plain[-1] < plain[0] - 0.3  # it learns, so its updates are seen in the losses
     assert max(worst) < CURVES["BOUNDS"][name]
