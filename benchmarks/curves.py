@@ -4,7 +4,8 @@
 
 Trains the debug Llama for 20 steps on Python's own sources, on virtual meshes, each optimizer with the same
 initial weights and batches. Bounds: 1e-4, and 1e-3 for Muon, whose bfloat16 iteration turns rounding errors of
-gradients into more. So does Lion's sign, in proportion to its learning rate: 8e-5 with 2e-4, 5e-4 with 5e-4. A row that does not learn, or a bound that does not hold, ends the script with an error.
+gradients into more. So does Lion's sign, in proportion to its learning rate: 8e-5 with 2e-4, 5e-4 with 5e-4. A row
+that does not learn, or a bound that does not hold, ends the script with an error.
 """
 
 from __future__ import annotations
