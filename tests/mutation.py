@@ -1,0 +1,259 @@
+"""Mutation proof: every collective, transpose and rule step that is removed, swapped or retargeted fails a law test.
+
+    python tests/mutation.py [--list] [--only GLOB] [--jobs N] [--limit SECONDS] [--full]
+
+Each mutant (tests/mutants.py) is a copy of the package in a directory of its own; a forked process, which has torch
+but not yet functitan, runs the law tests of the changed module on it. Nothing in the repository is written. The laws
+must pass without a mutant, and each mutant must fail one, but for those in `SAME`, which change nothing: their proofs
+stand there. Exits with 1 if a mutant survives, or if one in `SAME` is gone or is killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import NamedTuple
+
+TESTS = Path(__file__).parent
+LIMIT_S = 20.0  # of one mutant; the laws of any module pass in well under half of it
+
+# module (a glob) -> its laws, in the order in which they run: a test file, and a part of the ids in it
+LAWS = {
+    "sharding.rules": ["test_plan.py", "test_ops.py values-"],
+    "sharding.layout": ["test_plan.py", "test_ops.py values-"],
+    "sharding.choice": ["test_plan.py", "test_explain.py", "test_ops.py -einsum]"],
+    "sharding.moves": ["test_plan.py", "test_ops.py values-", "test_ops.py -constrain]", "test_ops.py -einsum]"],
+    "sharding.plan": ["test_plan.py", "test_explain.py", "test_ops.py -einsum]", "test_ops.py -broadcast]"],
+    "sharding.contraction": ["test_ops.py -einsum]", "test_plan.py"],
+    "sharding.collectives": ["test_collectives.py"],
+    "sharding.virtual": ["test_collectives.py"],
+    "sharding.steps": ["test_collectives.py", "test_plan.py", "test_ops.py values-", "test_ops.py -constrain]"],
+    "sharding.distributed": ["test_gloo.py adjoint"],
+    "ops.attention": ["test_ops.py -attention]"],
+    "ops.contraction": ["test_ops.py -einsum]", "test_ops.py -broadcast]", "test_grad.py", "test_threads.py"],
+    "ops.dropout": ["test_nn.py dropout"],
+    "ops.einsum": ["test_ops.py -einsum]"],
+    "ops.function": ["test_ops.py -einsum]", "test_ops.py -cross_entropy]", "test_grad.py", "test_threads.py"],
+    "ops.lookup": ["test_ops.py -take]", "test_ops.py -select]", "test_ops.py -select_by_tensor]", "test_nn.py -rope]"],
+    "ops.rows": ["test_ops.py -take]", "test_ops.py -select_by_tensor]"],
+    "ops.loss": ["test_ops.py -cross_entropy]"],
+    "ops.move": ["test_ops.py -constrain]", "test_nn.py -rope]", "test_ops.py values-"],
+    "ops.norm": ["test_nn.py rms_norm]"],
+    "ops.reduce": ["test_ops.py -reduce]", "test_ops.py -broadcast]"],
+    "ops.types": ["test_ops.py -constrain]", "test_ops.py -einsum]", "test_ops.py -cross_entropy]"],
+    "nn.*": ["test_nn.py"],
+    "models.llama": ["test_nn.py llama", "test_llama.py"],
+    "optim.*": ["test_optim.py"],
+    "*": ["test_grad.py", "test_threads.py", "test_ops.py values-", "test_ops.py cotangents-", "test_nn.py"],
+}
+
+# mutants that change nothing -> why not
+SAME: dict[str, str] = {}
+
+
+class Verdict(NamedTuple):
+    """What the laws say of a mutant: `killed` by a test, `survived`, or ended by the `timeout`."""
+
+    kind: str
+    seconds: float
+    test: str
+    error: str
+
+
+class Job(NamedTuple):
+    """A process that runs laws on a copy of the package, and where it writes what came of it."""
+
+    label: str
+    pid: int
+    start: float
+    home: Path
+
+
+def main() -> int:
+    if os.environ.get("PYTHONHASHSEED") != "0":  # orders of sets, so that every run is the same
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "PYTHONHASHSEED": "0"})
+    from mutants import modules, mutants
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--list", action="store_true", help="print the mutants and stop")
+    parser.add_argument("--only", default="*", metavar="GLOB", help="mutants whose id matches")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N")
+    parser.add_argument("--limit", type=float, default=LIMIT_S, metavar="SECONDS", help="for one mutant")
+    args = parser.parse_args()
+    chosen = {m.id: m for module in modules() for m in mutants(module) if matches(m.id, args.only)}
+    if args.list:
+        print("\n".join(chosen))
+        return 0
+    unknown = [label for label in SAME if args.only == "*" and label not in chosen]
+    print(f"{len(chosen)} mutants", flush=True)
+    warm_up()
+    began = time.monotonic()
+    sources = {label: (m.module, m.source) for label, m in chosen.items()}
+    laws = {module: laws_of(module) for module, _ in sources.values()}
+    # the laws without a mutant come first: each must pass
+    plain = {f"no mutant, laws of {module}": (module, None) for module in laws}
+    verdicts: dict[str, Verdict] = {}
+    for label, verdict in run({**plain, **sources}, laws, args.jobs, args.limit):
+        verdicts[label] = verdict
+        line = chosen[label].line if label in chosen else 0
+        print(f"{verdict.kind:8} {verdict.seconds:5.1f} s  {label}  (line {line})", flush=True)
+        print(f"          {verdict.test}: {verdict.error[:150]}" if verdict.test else "", end="\n" * bool(verdict.test))
+    broken = [label for label in plain if verdicts[label].kind != "survived"]
+    survivors = [label for label in chosen if verdicts[label].kind == "survived" and label not in SAME]
+    stale = unknown + [label for label in SAME if label in chosen and verdicts[label].kind != "survived"]
+    count = {kind: sum(verdicts[label].kind == kind for label in chosen) for kind in ("killed", "timeout", "survived")}
+    print(f"\n{len(chosen)} mutants in {time.monotonic() - began:.0f} s: {count}, {len(SAME)} listed as the same")
+    for title, labels in (("laws fail without a mutant", broken), ("survivors", survivors), ("stale in SAME", stale)):
+        print("\n".join([f"{title}:", *(f"  {label}" for label in labels)]) if labels else f"{title}: none")
+    return 1 if broken or survivors or stale else 0
+
+
+def matches(label: str, pattern: str) -> bool:
+    """True if an id matches a glob, or contains it: ids have brackets, which globs read as sets."""
+    return pattern in label or fnmatch(label, pattern)
+
+
+def laws_of(module: str) -> list[str]:
+    """The laws of a module; one that the table lacks has those of the test file with its name, too."""
+    own = f"test_{module.split('.')[-1]}.py"
+    pattern = next(pattern for pattern in LAWS if fnmatch(module, pattern))
+    return [own] * (pattern == "*" and (TESTS / own).exists()) + LAWS[pattern]
+
+
+def warm_up() -> None:
+    """Import what takes long, but not functitan, before any fork; one thread, so that a fork is safe."""
+    import hypothesis
+    import pytest  # noqa: F401
+    import torch
+    import torch._subclasses.fake_tensor
+    import torch.distributed.device_mesh
+    import torch.fx.experimental.proxy_tensor
+
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    torch.set_num_threads(1)
+    phases = hypothesis.Phase.explicit, hypothesis.Phase.generate  # no shrinking: the first failure is enough
+    checks = list(hypothesis.HealthCheck)
+    hypothesis.settings.register_profile(
+        "mutation", derandomize=True, database=None, deadline=None, phases=phases, report_multiple_bugs=False,
+        suppress_health_check=checks, max_examples=50,
+    )  # fmt: skip
+    assert not any(name.partition(".")[0] == "functitan" for name in sys.modules)
+
+
+def run(
+    work: dict[str, tuple[str, str | None]], laws: dict[str, list[str]], jobs: int, limit: float
+) -> Iterator[tuple[str, Verdict]]:
+    """Run each (module, source) under the laws of its module, `jobs` at a time; verdicts as they come."""
+    waiting, running = list(work), list[Job]()
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            label = waiting.pop(0)
+            running.append(start(label, *work[label], laws[work[label][0]]))
+        time.sleep(0.02)
+        for job in list(running):
+            verdict = finished(job, limit)
+            if verdict is not None:
+                running.remove(job)
+                shutil.rmtree(job.home, ignore_errors=True)
+                yield job.label, verdict
+
+
+def start(label: str, module: str, source: str | None, laws: list[str]) -> Job:
+    """Fork a process that runs the laws on a copy of the package in which one module has this source."""
+    home = Path(tempfile.mkdtemp(prefix="mutant-"))
+    shutil.copytree(TESTS.parent / "functitan", home / "functitan")
+    if source is not None:
+        changed = home.joinpath("functitan", *module.split(".")).with_suffix(".py")
+        changed.write_text(source)
+        for compiled in changed.parent.glob(f"__pycache__/{changed.stem}.*"):
+            compiled.unlink()
+    sys.stdout.flush()
+    pid = os.fork()
+    if not pid:
+        os.setsid()
+        try:
+            child(home, laws)
+        finally:
+            os._exit(0)
+    return Job(label, pid, time.monotonic(), home)
+
+
+def child(home: Path, laws: list[str]) -> None:
+    import pytest
+
+    out = os.open(home / "output", os.O_WRONLY | os.O_CREAT)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    sys.path.insert(0, str(home))
+    os.environ["PYTHONPATH"] = str(home)  # for the processes that a law starts
+    os.chdir(TESTS.parent)
+    found: dict = {"laws": 0}
+    files = list(dict.fromkeys(str(TESTS / law.split()[0]) for law in laws))
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=mutation", "-o", "addopts="]
+    code = pytest.main([*options, *files], plugins=[Selected(laws, found)])
+    import functitan
+
+    assert Path(functitan.__file__).is_relative_to(home), functitan.__file__
+    found["code"] = int(code)
+    (home / "verdict.json").write_text(json.dumps(found))
+
+
+class Selected:
+    """A pytest plugin: the laws alone, in their order, and the first that fails."""
+
+    def __init__(self, laws: list[str], found: dict) -> None:
+        self.laws, self.found = laws, found
+
+    def pytest_collection_modifyitems(self, items: list) -> None:
+        ranks = {item: self._rank(item.nodeid) for item in items}
+        items[:] = sorted((item for item in items if ranks[item] is not None), key=lambda item: ranks[item])
+        self.found["laws"] = len(items)
+
+    def _rank(self, nodeid: str) -> int | None:
+        for rank, law in enumerate(self.laws):
+            file, part = (law.split() + [""])[:2]
+            if nodeid.split("::")[0].endswith(file) and part in nodeid.partition("::")[2]:
+                return rank
+        return None
+
+    def pytest_runtest_logreport(self, report) -> None:
+        self._note(report)
+
+    def pytest_collectreport(self, report) -> None:
+        self._note(report)
+
+    def _note(self, report) -> None:
+        if report.failed and "test" not in self.found:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            text = str(crash.message if crash else report.longrepr)
+            self.found |= {"test": report.nodeid.split("/")[-1], "error": " ".join(text.split())[:300]}
+
+
+def finished(job: Job, limit: float) -> Verdict | None:
+    """The verdict of a process that has ended, or that is ended now because its time is over."""
+    seconds = time.monotonic() - job.start
+    if os.waitpid(job.pid, os.WNOHANG)[0]:
+        path = job.home / "verdict.json"
+        found = json.loads(path.read_text()) if path.exists() else {"code": -1, "test": "crash", "error": ""}
+        if found["code"] == 0 and found["laws"]:
+            return Verdict("survived", seconds, "", "")
+        output = (job.home / "output").read_text(errors="replace").split("\n")[-3:]
+        return Verdict("killed", seconds, found.get("test", "crash"), found.get("error", " ".join(output)))
+    if seconds > limit:
+        os.killpg(job.pid, signal.SIGKILL)
+        os.waitpid(job.pid, 0)
+        return Verdict("timeout", seconds, "", "")
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
