@@ -20,7 +20,13 @@ TRANSPOSES = {  # functions, in any module, whose steps are those of a transpose
     *("vjp", "jvp", "_vjp", "_jvp", "backward", "transpose", "transposed", "batched", "cotangents", "tangents"),
     *("put_rows", "_show", "shown"),
 }
-SENDERS = {"send", "contract", "meet", "run", "run_step"}  # what communicates; private functions that call these do as well
+SENDERS = {
+    "send",
+    "contract",
+    "meet",
+    "run",
+    "run_step",
+}  # what communicates; private functions that call these do as well
 PUBLIC = {"reduce", "broadcast", "constrain", "constrain_like", "where_whole", "reduced"}
 PUBLIC |= {"lift", "all_gather", "reduce_scatter", "all_reduce", "all_to_all", "permute"}
 WHERE = ("ops", "optim", "nn", "models", "sharding", "transforms", "train")  # where collectives are called
@@ -142,7 +148,7 @@ def _complains(node: ast.AST) -> bool:
         return all(isinstance(child, (ast.Raise, ast.Continue)) or _grows(child) for child in node.body)
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
         return _name(node.value).lstrip("_").startswith("check_")
-    return isinstance(node, ast.Call) and _name(node) in ("report", "nearest") or _grows(node)
+    return (isinstance(node, ast.Call) and _name(node) in ("report", "nearest")) or _grows(node)
 
 
 def _grows(node: ast.AST) -> bool:
@@ -189,7 +195,7 @@ def _signs_of(node: ast.AST) -> Iterator[Change]:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("to", "transposed"):
         yield Change(node, ast.unparse(node.func.value) if node.func.attr == "to" else "call.env")
     if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):
-        for i, part in enumerate(node.value.elts):
+        for part in node.value.elts:
             if not (isinstance(part, ast.Starred) or ast.unparse(part) == "None"):
                 yield Change(part, "None")
     if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple) and len(node.value.elts) == 2:

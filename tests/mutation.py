@@ -30,7 +30,7 @@ LIMIT_S = 20.0  # of one mutant; the laws of any module pass in well under half 
 LAWS = {
     "sharding.rules": ["test_plan.py", "test_ops.py values-"],
     "sharding.layout": ["test_plan.py", "test_ops.py values-"],
-    "sharding.choice": ["test_plan.py", "test_explain.py", "test_ops.py -einsum]"],
+    "sharding.choice": ["test_choice.py", "test_plan.py", "test_ops.py -take]", "test_ops.py -einsum]"],
     "sharding.moves": ["test_plan.py", "test_ops.py values-", "test_ops.py -constrain]", "test_ops.py -einsum]"],
     "sharding.plan": ["test_plan.py", "test_explain.py", "test_ops.py -einsum]", "test_ops.py -broadcast]"],
     "sharding.contraction": ["test_ops.py -einsum]", "test_plan.py"],

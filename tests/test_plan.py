@@ -10,15 +10,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plans import contractions
 
 import functitan as ft
 from functitan.axes import parse_axes
-from functitan.sharding.contraction import Contraction, cotangents, terms_of
+from functitan.sharding.contraction import Contraction, terms_of
 from functitan.sharding.layout import block_of, global_shape, layout_of, local_shape, shard_count
 from functitan.sharding.mesh import Mesh, MeshSizes
 from functitan.sharding.plan import Plan, plan
 from functitan.testing.sharded import sharded
-from functitan.testing.strategies import AXES, axis_sizes, meshes, rules_tables, signatures
+from functitan.testing.strategies import AXES, axis_sizes, meshes, rules_tables
 
 RULES = ft.AxisRules(
     {
@@ -143,21 +144,6 @@ def test_a_decode_step_does_not_gather_weights_to_save_a_latency():
     sizes = (("batch", 1), ("embed", 4096), ("mlp", 4096))
     chosen = plan(Contraction(tuple(layouts[:2]), (layouts[2],), terms_of(2, 1), sizes), mesh)
     assert [step.kind for step in chosen.steps()] == ["slice", "all_reduce"]
-
-
-@st.composite
-def contractions(draw) -> tuple[Contraction, MeshSizes]:
-    mesh = draw(meshes())
-    rules = draw(rules_tables(AXES))
-    known = MeshSizes(tuple(mesh), tuple(mesh.values()))
-    signature = draw(signatures())
-    operands, results = (tuple(layout_of(axes, rules, known) for axes in side) for side in signature)
-    sizes = draw(axis_sizes(rules, mesh))
-    terms = terms_of(len(signature.operands), len(signature.results))
-    contraction = Contraction(operands, results, terms, tuple(sizes.items()))
-    if draw(st.booleans()):
-        contraction = cotangents(contraction, tuple(range(len(operands))), tuple(range(len(results))))
-    return contraction, known
 
 
 @given(drawn=contractions(), data=st.data())
