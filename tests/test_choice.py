@@ -80,6 +80,7 @@ def test_no_other_order_of_an_axis_shards_sends_less(drawn):
     contraction, mesh = drawn
     for term, (splits, frames) in zip(contraction.terms, choose(contraction, mesh, FREE), strict=True):
         layouts = [*(contraction.operands[i] for i in term.operands), contraction.results[term.result]]
+        assert list(frames) == list(splits) and all(splits.values()), "an axis that is not split has no order"
         mine = elements(contraction, term, splits, frames, mesh)
         for axis, over in splits.items():
             orders = {layout.of(axis) for layout in layouts} | {over}
@@ -117,7 +118,7 @@ functitan.__path__ = [sys.argv[1]]
 sys.modules["functitan"] = functitan
 from functitan.axes import parse_axes
 from functitan.sharding.contraction import Contraction, cotangents, terms_of
-from functitan.sharding.layout import layout_of
+from functitan.sharding.layout import Layout, layout_of
 from functitan.sharding.mesh import MeshSizes
 from functitan.sharding.plan import plan
 from functitan.sharding.rules import AxisRules
@@ -132,6 +133,8 @@ for x, w, y in [
     x, w, y = (layout_of(parse_axes(p), rules, mesh) for p in (x, w, y))
     forward = Contraction((x, w), (y,), terms_of(2, 1), sizes)
     print(plan(forward, mesh), plan(cotangents(forward, (0, 1), (0,)), mesh))
+seq = [Layout(("seq",), (dims,)) for dims in (("tp",), ("cp",), ("dp",))]  # each in an order of its own
+print(plan(Contraction(tuple(seq[:2]), (seq[2],), terms_of(2, 1), sizes), mesh))
 assert "torch" not in sys.modules
 """
 

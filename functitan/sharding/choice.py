@@ -69,22 +69,15 @@ def _choose(
 ) -> tuple[str | None, ...]:
     """The axis of each term for one mesh dim.
 
-    Each term takes its best option given what the others pay for, until nothing changes; this is begun once with
-    nothing paid, and once with each move that several terms could share, and the best end is taken.
+    Terms share moves, so each move in turn (and none) counts as paid while every term takes its best option; the end
+    that is best as a whole is taken.
     """
     options = [_options(dim, dims, term, contraction, sizes, mesh, fixed) for term in contraction.terms]
-    seen = [move for own in options for move in {m for option in own for m in option.moves}]
-    price = {move: _price(move, dim, contraction, sizes, mesh) for move in seen}
-    ends = set()
-    for start in {None, *(move for move in seen if seen.count(move) > 1)}:
-        chosen = [_best(own, {start}, price) for own in options]
-        for _ in options:
-            for t, own in enumerate(options):
-                chosen[t] = _best(own, {m for i, o in enumerate(chosen) if i != t for m in o.moves}, price)
-        ends.add(tuple(own.index(option) for own, option in zip(options, chosen, strict=True)))
-    together = [[own[i] for own, i in zip(options, end, strict=True)] for end in sorted(ends)]
-    best = _best([_joint(chosen) for chosen in together], set(), price)
-    return best.axis  # type: ignore[return-value]
+    moves = {move for own in options for option in own for move in option.moves}
+    price = {move: _price(move, dim, contraction, sizes, mesh) for move in moves}
+    ends = {tuple(own.index(_best(own, {paid}, price)) for own in options) for paid in (None, *moves)}
+    together = [_joint([own[i] for own, i in zip(options, end, strict=True)]) for end in sorted(ends)]
+    return _best(together, set(), price).axis  # type: ignore[return-value]
 
 
 def _joint(chosen: list[_Option]) -> _Option:
@@ -155,17 +148,16 @@ def _frame(
     axis: str, split: tuple[str, ...], layouts: list[Layout], sizes: dict[str, int], mesh: MeshSizes
 ) -> tuple[str, ...]:
     """The order of shards of one axis inside a term: that of the tensors which are costly to bring to another order."""
-    tensors = [layout for layout in layouts if layout.of(axis)]
 
     def cost(frame: tuple[str, ...]) -> tuple[int, int, tuple[str, ...]]:
         moved = 0
-        for layout in tensors:
+        for layout in layouts:
             dims = layout.of(axis)
             gathered = dims if dims != frame[: len(dims)] else tuple(dim for dim in dims if dim not in split)
             moved += _elements(layout, sizes, mesh) * (mesh.size(gathered) - 1)
         return moved, -len(frame), frame
 
-    orders = {layout.of(axis) for layout in tensors} | {()}
+    orders = [layout.of(axis) for layout in layouts]
     frames = [order + tuple(dim for dim in split if dim not in order) for order in orders]
     return min((frame for frame in frames if sizes[axis] % mesh.size(frame) == 0), key=cost)
 

@@ -39,13 +39,13 @@ def operand_steps(layout: Layout, splits: Splits, frames: Frames, mesh: MeshSize
     """The steps that bring an operand from its layout to the split of the local work."""
     wanted = Layout(layout.axes, tuple(splits.get(axis, ()) for axis in layout.axes))
     own, inner = _orders(layout, frames)
-    return _steps(layout, wanted, own, {**own, **{axis: frames[axis] for axis in inner}}, (), mesh)
+    return _steps(layout, wanted, own, {**own, **{axis: frames[axis] for axis in inner}}, set(), mesh)
 
 
 def result_steps(layout: Layout, splits: Splits, frames: Frames, mesh: MeshSizes) -> tuple[Step, ...]:
     """The steps that bring a local product, a sum over the split axes that it lacks, to the result's layout."""
     made = Layout(layout.axes, tuple(splits.get(axis, ()) for axis in layout.axes))
-    sums = tuple(sorted(dim for axis, dims in splits.items() if axis not in layout.axes for dim in dims))
+    sums = {dim for axis, dims in splits.items() if axis not in layout.axes for dim in dims}
     own, inner = _orders(layout, frames)
     return _steps(made, layout, {**own, **{axis: frames[axis] for axis in inner}}, own, sums, mesh)
 
@@ -57,13 +57,14 @@ def _orders(layout: Layout, frames: Frames) -> tuple[Frames, list[str]]:
     return {**own, **{axis: frames[axis] for axis in inner if frames[axis][: len(own[axis])] == own[axis]}}, inner
 
 
-def _steps(now: Layout, then: Layout, before: Frames, after: Frames, sums: Dims, mesh: MeshSizes) -> tuple[Step, ...]:
-    """From one split to another. An axis whose orders `before` and `after` differ is gathered, and then sliced anew."""
+def _steps(
+    now: Layout, then: Layout, before: Frames, after: Frames, left: set[str], mesh: MeshSizes
+) -> tuple[Step, ...]:
+    """From one split to another, `left` to be summed over. An axis whose orders differ is gathered, and sliced anew."""
     axes = now.axes
     at_odds = {axis for axis in axes if before[axis] != after[axis]}
     split = {axis: set(now.of(axis)) for axis in axes}
     sharded = {dim for dims in now.dims for dim in dims}
-    left = set(sums)
     steps: list[Step] = []
 
     def view(axis: str, dims: Dims, frame: Dims) -> View:
@@ -83,7 +84,7 @@ def _steps(now: Layout, then: Layout, before: Frames, after: Frames, sums: Dims,
     for axis in axes:
         dims = wanted(axis, left)
         scatter("reduce_scatter", axis, dims, after[axis])
-        left -= set(dims)
+        left = left - set(dims)
     if left:
         steps.append(Step("all_reduce", tuple(sorted(left))))
     for source in axes:

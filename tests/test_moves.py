@@ -1,0 +1,56 @@
+"""Laws of moves: any layout becomes any other, by few steps, and each step moves as little as it can."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plans import contractions
+
+import functitan as ft
+from functitan.axes import parse_axes
+from functitan.sharding.plan import plan
+from functitan.testing.sharded import assert_close
+from functitan.testing.strategies import axis_sizes, meshes, rules_tables
+
+AXES = ("batch", "seq")  # two axes meet most of what several would
+
+
+@settings(max_examples=60)
+@given(mesh=meshes(), tables=st.tuples(rules_tables(AXES), rules_tables(AXES)), data=st.data())
+def test_any_layout_becomes_any_other(mesh, tables, data):
+    """The oracle of both layouts is `ft.shard`, whose own is numpy (tests/test_plan.py)."""
+    sizes = [data.draw(axis_sizes(rules, mesh)) for rules in tables]
+    pattern = data.draw(st.sampled_from(["batch", "seq batch"]))
+    shape = [math.lcm(*(own[axis] for own in sizes)) for axis in parse_axes(pattern)]
+    x = torch.arange(math.prod(shape), dtype=torch.float64).view(shape)
+
+    def rank(mesh):
+        before, after = (ft.shard(x, pattern, mesh=mesh, rules=rules) for rules in tables)
+        move = ft.spmd(lambda x: ft.reshard(x, pattern, to_rules=tables[1]), mesh=mesh, rules=tables[0])
+        moved, back = torch.func.vjp(move, before)
+        return moved, after, back(moved)[0], before
+
+    for moved, after, back, before in ft.simulate(**mesh)(rank)():
+        assert_close((moved, back), (after, before), tolerance=0.0)
+
+
+@settings(max_examples=100)
+@given(drawn=contractions())
+def test_steps_are_in_the_order_in_which_they_move_least(drawn):
+    """What is whole is sliced before anything moves, and a sum is scattered before the rest of it is reduced."""
+    contraction, mesh = drawn
+    chosen = plan(contraction, mesh)
+    for steps in [steps for _, steps in chosen.moved] + [group.steps for groups in chosen.results for group in groups]:
+        kinds = [step.kind for step in steps]
+        for first, second in (
+            ("reduce_scatter", "all_reduce"),
+            ("all_reduce", "all_to_all"),
+            ("all_to_all", "all_gather"),
+        ):
+            if first in kinds and second in kinds:
+                assert kinds.index(second) > max(i for i, kind in enumerate(kinds) if kind == first)
+        moves = [step for step in steps if step.kind != "slice"]
+        assert len({(step.kind, step.source, step.target) for step in moves}) == len(moves)
