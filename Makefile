@@ -1,15 +1,19 @@
-# make train: a first training run; make test: all tests; make lint: style and types. All install into .venv.
+# make train: a first training run; make test: all tests; make mutation: the tests of the tests, half an hour;
+# make lint: style and types. All install into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: train test lint
+.PHONY: train test mutation lint
 
 train: $(INSTALLED)
 	$(BIN)/python examples/train_llm.py $(ARGS)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
+
+mutation: $(INSTALLED)
+	$(BIN)/python tests/mutation.py $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1] / "functitan"
 
 RULES = {f"sharding.{name}" for name in ("rules", "layout", "choice", "moves", "plan", "contraction")}
 RULES |= {"ops.types"}  # each step of a function in these is a rule step
-TRANSPOSES = {  # functions, in any module, whose steps are those of a transpose or of a tangent
+TRANSPOSES = {  # functions of ops and collectives whose steps are those of a transpose or of a tangent
     *("vjp", "jvp", "_vjp", "_jvp", "backward", "transpose", "transposed", "batched", "cotangents", "tangents"),
     *("put_rows", "_show", "shown"),
 }
@@ -117,7 +117,8 @@ def _functions(module: str, tree: ast.AST, prefix: str = "", rules: int = 0) -> 
                 continue
             if node.returns is not None and ast.unparse(node.returns) in ("list[str]", "str"):
                 continue  # complaints: tests/test_errors.py holds their texts
-            own = 2 if node.name in TRANSPOSES else rules or (1 if module in RULES else 0)
+            transposes = node.name in TRANSPOSES and module.startswith(("ops.", "sharding."))
+            own = 2 if transposes else rules or (1 if module in RULES else 0)
             yield prefix + node.name, node, own
             yield from _functions(module, node, f"{prefix}{node.name}.", own)
         else:
@@ -173,7 +174,7 @@ def _steps_of(node: ast.AST) -> Iterator[Change]:
         yield Change(node.iter, "()")
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CALLS and node.args:
         if node.func.id == "sorted":  # without it, the order of sets: that of their hashes
-            yield Change(node, f"sorted({ast.unparse(node.args[0])}, key=hash)")
+            yield Change(node, f"sorted({ast.unparse(node.args[0])}, key=lambda each: hash(str(each)))")
         else:
             yield Change(node.func, CALLS[node.func.id])
     if isinstance(node, ast.BinOp) and not isinstance(node.op, ast.BitOr):
@@ -212,8 +213,9 @@ def _sends_of(node: ast.AST, tree: ast.AST) -> Iterator[Change]:
             if isinstance(part, ast.Constant) and part.value in OTHER and name not in ("meet", "run"):  # there, a note
                 yield Change(part, repr(OTHER[part.value]))
             if ast.unparse(part).split(".")[-1] == "dims":
-                yield Change(part, f"{ast.unparse(part)}[::-1]")
                 yield Change(part, f"{ast.unparse(part)}[:-1]")
+                if not any(isinstance(x, ast.Constant) and x.value == "all_reduce" for x in node.args):
+                    yield Change(part, f"{ast.unparse(part)}[::-1]")  # (the order of an all-reduce's ranks is free)
 
 
 def _places_of(node: ast.AST) -> Iterator[Change]:
@@ -265,7 +267,13 @@ def _senders(tree: ast.AST) -> set[str]:
     found = SENDERS | PUBLIC
     while more := {name for name, calls in local.items() if name not in found and calls & found}:
         found = found | more
-    return found - TRANSPOSES
+    strangers = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("functitan")
+        for alias in node.names
+    }
+    return found - TRANSPOSES - strangers
 
 
 def _tensor(call: ast.Call, tree: ast.AST) -> ast.expr | None:

@@ -19,18 +19,28 @@ LARGEST_RATIO = 16  # of the elements moved to those of the cheapest way: more i
 
 @st.composite
 def contractions(draw) -> tuple[Contraction, MeshSizes]:
-    """A contraction under any table on any mesh, or that of its cotangents."""
+    """A contraction on any mesh, or that of its cotangents: under one table, or each tensor laid out in its own way."""
     mesh = draw(meshes())
-    rules = draw(rules_tables(AXES))
-    known = MeshSizes(tuple(mesh), tuple(mesh.values()))
-    signature = draw(signatures())
-    operands, results = (tuple(layout_of(axes, rules, known) for axes in side) for side in signature)
-    sizes = draw(axis_sizes(rules, mesh))
+    known, signature = MeshSizes(tuple(mesh), tuple(mesh.values())), draw(signatures(AXES[: draw(st.integers(2, 5))]))
+    if draw(st.booleans()):
+        rules = draw(rules_tables(AXES))
+        operands, results = (tuple(layout_of(axes, rules, known) for axes in side) for side in signature)
+        sizes = draw(axis_sizes(rules, mesh))
+    else:
+        operands, results = (tuple(draw(_layouts(axes, tuple(mesh))) for axes in side) for side in signature)
+        sizes = {axis: math.prod(mesh.values()) * draw(st.sampled_from([1, 2, 16])) for axis in AXES}
     terms = terms_of(len(signature.operands), len(signature.results))
     contraction = Contraction(operands, results, terms, tuple(sizes.items()))
     if draw(st.booleans()):
         contraction = cotangents(contraction, tuple(range(len(operands))), tuple(range(len(results))))
     return contraction, known
+
+
+@st.composite
+def _layouts(draw, axes: tuple[str, ...], dims: tuple[str, ...]) -> Layout:
+    """A tensor of which each mesh dim shards any axis, or none, in any order."""
+    taken = {dim: draw(st.sampled_from([*axes, None])) for dim in draw(st.permutations(dims))}
+    return Layout(axes, tuple(tuple(dim for dim, axis in taken.items() if axis == own) for own in axes))
 
 
 class Way(NamedTuple):

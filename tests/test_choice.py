@@ -13,7 +13,7 @@ from plans import contractions, ways
 
 from functitan.sharding import mesh as mesh_module
 from functitan.sharding.choice import FREE, Fixed, choose
-from functitan.sharding.contraction import Contraction, Term
+from functitan.sharding.contraction import Contraction, Term, terms_of
 from functitan.sharding.layout import Layout
 from functitan.sharding.ledger import FORMULAS
 from functitan.sharding.mesh import MeshSizes
@@ -111,6 +111,35 @@ def test_a_way_that_sends_more_than_16_times_the_cheapest_is_dropped(mlp, axis):
     assert chosen_way(Contraction((x, w), (y,), (Term(0, (0, 1)),), sizes), mesh, "fsdp") == (axis,)
 
 
+TIES = {  # ways of one cost over tp=2, as (axis, size, whether it is sharded) of each tensor: what wins
+    "work is split before it is repeated": ([[("k", 2, True)], []], "k"),  # or x is gathered
+    "reductions before exchanges": ([[("k", 2, True), ("m", 2, False)], [("m", 2, True)]], "k"),  # or x is exchanged
+    "an output axis before a contracted one": ([[("k", 4, True)], [("m", 2, True)], [("m", 2, False)]], "m"),
+    "the order of the pattern": ([[("k", 2, True)], [("m", 2, True)], []], "k"),
+}
+
+
+@pytest.mark.parametrize("name", TIES)
+def test_ties_go_to(name):
+    tensors, axis = TIES[name]
+    *operands, result = [
+        Layout(tuple(a for a, _, _ in x), tuple(("tp",) if split else () for _, _, split in x)) for x in tensors
+    ]
+    sizes = {a: size for x in tensors for a, size, _ in x}
+    contraction = Contraction(tuple(operands), (result,), terms_of(len(operands), 1), tuple(sizes.items()))
+    mesh = MeshSizes(("tp",), (2,))
+    first, second, *_ = ways(contraction, mesh, "tp")
+    assert first[:2] == second[:2], "the same number of collectives, and of elements"
+    assert chosen_way(contraction, mesh, "tp") == (axis,)
+
+
+def test_an_axis_is_split_only_where_all_mesh_dims_that_may_split_it_divide_it():
+    mesh, now, then = MeshSizes(("cp", "tp"), (2, 2)), Layout(("seq",), (("cp",),)), Layout(("seq",), (("tp",),))
+    move = lambda size: Contraction((now,), (then,), (Term(0, (0,)),), (("seq", size),))
+    assert choose(move(4), mesh, FREE) == [({"seq": ("cp", "tp")}, {"seq": ("cp", "tp")})]
+    assert choose(move(2), mesh, FREE) == [({}, {})]
+
+
 SAME_EVERYWHERE = """
 import sys, types
 functitan = types.ModuleType("functitan")  # the planner alone: neither torch nor the rest of the package
@@ -135,6 +164,9 @@ for x, w, y in [
     print(plan(forward, mesh), plan(cotangents(forward, (0, 1), (0,)), mesh))
 seq = [Layout(("seq",), (dims,)) for dims in (("tp",), ("cp",), ("dp",))]  # each in an order of its own
 print(plan(Contraction(tuple(seq[:2]), (seq[2],), terms_of(2, 1), sizes), mesh))
+for a, b in [("batch", "seq"), ("mlp", "heads"), ("seq", "embed")]:  # ties
+    x, y, z = Layout((a,), (("tp",),)), Layout((b,), (("tp",),)), Layout((), ())
+    print(plan(Contraction((x, y), (z,), terms_of(2, 1), sizes), mesh))
 assert "torch" not in sys.modules
 """
 
