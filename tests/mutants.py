@@ -1,7 +1,7 @@
 """Mutants of the library: each has one collective, transpose or rule step removed, swapped or retargeted.
 
 Sites are found by rules over the syntax tree, so that new code has mutants too. An id is made of the function and the
-code that changes, never of line numbers: `sharding.moves._steps: set(sums) -> set()`.
+code that changes, never of line numbers: `sharding.choice._best: len(moves) -> 0`.
 """
 
 from __future__ import annotations
@@ -20,32 +20,18 @@ TRANSPOSES = {  # functions of ops and collectives whose steps are those of a tr
     *("vjp", "jvp", "_vjp", "_jvp", "backward", "transpose", "transposed", "batched", "cotangents", "tangents"),
     *("put_rows", "_show", "shown"),
 }
-SENDERS = {
-    "send",
-    "contract",
-    "meet",
-    "run",
-    "run_step",
-}  # what communicates; private functions that call these do as well
+# what communicates: a module's private functions that call these do as well
+SENDERS = {"send", "contract", "meet", "run", "run_step"}
 PUBLIC = {"reduce", "broadcast", "constrain", "constrain_like", "where_whole", "reduced"}
 PUBLIC |= {"lift", "all_gather", "reduce_scatter", "all_reduce", "all_to_all", "permute"}
 WHERE = ("ops", "optim", "nn", "models", "sharding", "transforms", "train")  # where collectives are called
 
-OTHER = {  # of a collective or reduction, another one
-    "all_gather": "reduce_scatter",
-    "reduce_scatter": "all_gather",
-    "all_reduce": "all_gather",
-    "all_to_all": "all_gather",
-    "permute": "all_to_all",
-    "slice": "reduce_scatter",
-    "sum": "max",
-    "max": "sum",
-    "mean": "sum",
-    "logsumexp": "max",
-}
-CALLS = {"min": "max", "max": "min", "any": "all", "all": "any", "sorted": "list"}
+# of a collective or reduction, another one
+OTHER = {"all_gather": "reduce_scatter", "reduce_scatter": "all_gather", "all_reduce": "all_gather"}
+OTHER |= {"all_to_all": "all_gather", "permute": "all_to_all", "slice": "reduce_scatter"}
+OTHER |= {"sum": "max", "max": "sum", "mean": "sum", "logsumexp": "max"}
+CALLS = {"min": "max", "max": "min", "any": "all", "all": "any"}
 EDGE = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">"}
-FUNCTIONS = (ast.FunctionDef, ast.Lambda)
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
@@ -59,7 +45,7 @@ class Mutant(NamedTuple):
 
 
 class Change(NamedTuple):
-    """Code to be put in the place of a node (`whole` statements stand as they are, expressions in brackets)."""
+    """Code to be put in the place of a node."""
 
     node: ast.AST
     code: str
@@ -100,11 +86,13 @@ def path_of(module: str) -> Path:
 def _changes(module: str, tree: ast.Module) -> Iterator[tuple[str, Change]]:
     for name, function, rules in _functions(module, tree):
         for node in _own_nodes(function):
-            if rules:
-                yield from ((name, change) for change in (*_steps_of(node), *(_signs_of(node) if rules == 2 else ())))
-            yield from ((name, change) for change in _sends_of(node, tree))
-            if module.startswith(("ops.", "nn.")):
-                yield from ((name, change) for change in _places_of(node))
+            changes = [
+                *_sends_of(node, tree),
+                *(_steps_of(node) if rules else ()),
+                *(_signs_of(node) if rules == 2 else ()),
+            ]
+            changes += _places_of(node) if module.startswith(("ops.", "nn.")) else []
+            yield from ((name, change) for change in changes)
 
 
 def _functions(module: str, tree: ast.AST, prefix: str = "", rules: int = 0) -> Iterator[tuple[str, ast.AST, int]]:
@@ -127,7 +115,8 @@ def _functions(module: str, tree: ast.AST, prefix: str = "", rules: int = 0) -> 
 
 def _own_nodes(function: ast.AST) -> Iterator[ast.AST]:
     """The nodes of a function's body, without inner functions, annotations, docstrings, errors and their texts."""
-    todo = [node for node in function.body if not _is_text(node)]  # type: ignore[attr-defined]
+    is_text = lambda node: isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    todo = [node for node in function.body if not is_text(node)]  # type: ignore[attr-defined]
     while todo:
         node = todo.pop(0)
         if isinstance(node, (ast.FunctionDef, ast.Raise, ast.Assert, ast.JoinedStr)) or _complains(node):
@@ -137,25 +126,17 @@ def _own_nodes(function: ast.AST) -> Iterator[ast.AST]:
         todo += [child for child in ast.iter_child_nodes(node) if id(child) not in skipped]
 
 
-def _is_text(node: ast.AST) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-
-
 def _complains(node: ast.AST) -> bool:
-    """True for the building of an error's text: a list of f-strings, a call of report, an `if` that only raises."""
+    """True for checks and error texts: a list of f-strings, `problems += ...`, an `if` that only raises."""
     if isinstance(node, COMPREHENSIONS) and not isinstance(node, ast.DictComp):
         return isinstance(node.elt, ast.JoinedStr)
     if isinstance(node, ast.If):
-        return all(isinstance(child, (ast.Raise, ast.Continue)) or _grows(child) for child in node.body)
-    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-        return _name(node.value).lstrip("_").startswith("check_")
-    return (isinstance(node, ast.Call) and _name(node) in ("report", "nearest")) or _grows(node)
-
-
-def _grows(node: ast.AST) -> bool:
-    """True for `problems += [...]`, `problems.append(...)` and `problems = [...]`."""
-    text = ast.unparse(node) if isinstance(node, ast.stmt) else ""
-    return text.startswith(("problems", "complaints"))
+        return all(isinstance(child, (ast.Raise, ast.Continue)) or _complains(child) for child in node.body)
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and "check_" in _name(node.value):
+        return True
+    if isinstance(node, ast.stmt):
+        return ast.unparse(node).startswith(("problems", "complaints"))
+    return isinstance(node, ast.Call) and _name(node) in ("report", "nearest")
 
 
 # --- the changes ----------------------------------------------------------------------------------------------------
@@ -172,10 +153,10 @@ def _steps_of(node: ast.AST) -> Iterator[Change]:
                 yield from _without_parts(test) if isinstance(test, ast.BoolOp) else [Change(test, "True")]
     if isinstance(node, ast.For):
         yield Change(node.iter, "()")
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CALLS and node.args:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         if node.func.id == "sorted":  # without it, the order of sets: that of their hashes
             yield Change(node, f"sorted({ast.unparse(node.args[0])}, key=lambda each: hash(str(each)))")
-        else:
+        if node.func.id in CALLS:
             yield Change(node.func, CALLS[node.func.id])
     if isinstance(node, ast.BinOp) and not isinstance(node.op, ast.BitOr):
         yield Change(node, ast.unparse(node.left))
