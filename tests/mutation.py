@@ -35,7 +35,7 @@ LAWS = {
     "sharding.choice": ["test_choice.py", "test_plan.py", "test_ops.py values-take]"],
     "sharding.moves": ["test_choice.py", "test_plan.py", "test_moves.py", "test_ops.py values-einsum]"],
     "sharding.plan": ["test_plan.py", "test_ops.py values-", "test_ops.py cotangents-"],
-    "sharding.contraction": ["test_ops.py -einsum]", "test_plan.py"],
+    "sharding.contraction": ["test_contraction.py", "test_plan.py", "test_ops.py cotangents-einsum]"],
     "sharding.collectives": ["test_collectives.py"],
     "sharding.virtual": ["test_collectives.py"],
     "sharding.steps": ["test_collectives.py", "test_plan.py", "test_ops.py values-", "test_ops.py -constrain]"],

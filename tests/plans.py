@@ -18,11 +18,11 @@ LARGEST_RATIO = 16  # of the elements moved to those of the cheapest way: more i
 
 
 @st.composite
-def contractions(draw) -> tuple[Contraction, MeshSizes]:
+def contractions(draw, one_table: bool = False) -> tuple[Contraction, MeshSizes]:
     """A contraction on any mesh, or that of its cotangents: under one table, or each tensor laid out in its own way."""
     mesh = draw(meshes())
     known, signature = MeshSizes(tuple(mesh), tuple(mesh.values())), draw(signatures(AXES[: draw(st.integers(2, 5))]))
-    if draw(st.booleans()):
+    if one_table or draw(st.booleans()):
         rules = draw(rules_tables(AXES))
         operands, results = (tuple(layout_of(axes, rules, known) for axes in side) for side in signature)
         sizes = draw(axis_sizes(rules, mesh))

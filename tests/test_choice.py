@@ -74,9 +74,9 @@ def elements(contraction: Contraction, term: Term, splits: Splits, frames: Frame
 
 
 @settings(max_examples=100)
-@given(drawn=contractions())
+@given(drawn=contractions(one_table=True))
 def test_no_other_order_of_an_axis_shards_sends_less(drawn):
-    """Where two tensors lie in different orders, the costly one keeps its own."""
+    """Where two tensors lie in different orders, the costly one keeps its own (each axis weighed as if it were alone)."""
     contraction, mesh = drawn
     for term, (splits, frames) in zip(contraction.terms, choose(contraction, mesh, FREE), strict=True):
         layouts = [*(contraction.operands[i] for i in term.operands), contraction.results[term.result]]
@@ -138,6 +138,19 @@ def test_an_axis_is_split_only_where_all_mesh_dims_that_may_split_it_divide_it()
     move = lambda size: Contraction((now,), (then,), (Term(0, (0,)),), (("seq", size),))
     assert choose(move(4), mesh, FREE) == [({"seq": ("cp", "tp")}, {"seq": ("cp", "tp")})]
     assert choose(move(2), mesh, FREE) == [({}, {})]
+    # over tp a sum of more than x would be scattered, or x gathered: then the result's own part is free
+    x, y = Layout(("seq", "k"), (("cp",), ("tp",))), Layout(("seq", "m"), (("tp",), ()))
+    wide = Contraction((x,), (y,), (Term(0, (0,)),), (("seq", 2), ("k", 2), ("m", 4)))
+    assert chosen_way(wide, mesh, "tp") == ways(wide, mesh, "tp")[0].axes == (None,)
+
+
+@pytest.mark.parametrize(("sharding", "size", "axis"), [((), 4, None), (("tp",), 8, "m")], ids=["reduced", "scattered"])
+def test_a_sum_of_much_loses_to_a_gather_of_little(sharding, size, axis):
+    """x[k] y[m] over tp=4: the gather of x sends 3 elements, the sum over k sends 6."""
+    mesh, sizes = MeshSizes(("tp",), (4,)), (("k", 4), ("m", size))
+    x, y, z = Layout(("k",), (("tp",),)), Layout(("m",), ((),)), Layout(("m",), (sharding,))
+    contraction = Contraction((x, y), (z,), (Term(0, (0, 1)),), sizes)
+    assert chosen_way(contraction, mesh, "tp") == ways(contraction, mesh, "tp")[0].axes == (axis,)
 
 
 SAME_EVERYWHERE = """

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import functitan as ft
-from functitan.axes import write_axes, write_signature
+from functitan.axes import parse_axes, write_axes, write_signature
+from functitan.sharding.context import current
 from functitan.sharding.contraction import terms_of
+from functitan.testing.sharded import assert_close, sharded
 from functitan.testing.strategies import AXES, axis_sizes, meshes, rules_tables, signatures
 
 HIDDEN = ("example", "copy")  # axes that batched cases add: one that the mesh may shard, one that it never does
@@ -322,3 +324,66 @@ OPS = [einsum, reduce, broadcast, take, iota, select, select_by_tensor, constrai
 @given(data=st.data(), seed=st.integers(0, 2**32))
 def test_ops_are_the_same_on_every_mesh(law, op, data, seed):
     check(LAWS[law](data.draw, data.draw(op())), seed)
+
+
+@pytest.mark.parametrize("shift", [-1e4, 1e4])
+def test_sums_of_exponentials_are_exact_at_any_magnitude(shift):
+    """Softmax is the same of shifted logits: each rank shifts by the maximum over all of them."""
+    rules, mesh = ft.AxisRules({"batch": "dp", "vocab": "tp"}), dict(dp=2, tp=2)
+    x = torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 100 + shift
+    labels = torch.arange(4)
+
+    def ours(x, labels):
+        return ft.cross_entropy("batch vocab, batch", x, labels), ft.reduce("batch vocab -> batch", x, op="logsumexp")
+
+    run = sharded(ours, ("batch vocab", "batch"), "batch", mesh=mesh, rules=rules)
+    expected = F.cross_entropy(x, labels, reduction="none"), x.logsumexp(-1)
+    assert_close(run(x, labels), expected)
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
+@settings(max_examples=8)
+@given(data=st.data())
+def test_what_a_transpose_sends_is_of_the_phase_backward(op, data):
+    case = data.draw(op())
+    phases: list[str] = []
+
+    def rank(*tensors):
+        floats = [tensors[i] for i in case.floats]
+        of_floats = lambda *xs: case.fn(*(dict(enumerate(tensors)) | dict(zip(case.floats, xs, strict=True))).values())
+        outs, back = torch.func.vjp(of_floats, *floats)
+        ledger = current().ledger  # of rank 0
+        sent = 0 if ledger is None else len(ledger)
+        grads = back(outs)
+        phases.extend([] if ledger is None else ["forward"] * sent + ["backward"] * (len(ledger) - sent))
+        return grads
+
+    patterns = tuple(arg.pattern for arg in case.args)
+    shapes = [[case.sizes[axis] for axis in parse_axes(pattern)] for pattern in patterns]
+    dtypes = [torch.float64 if arg.high is None else torch.int64 for arg in case.args]
+    values = [torch.zeros(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    with ft.record() as ledger:
+        sharded(rank, patterns, tuple(patterns[i] for i in case.floats), mesh=case.mesh, rules=case.rules)(*values)
+    assert [entry.phase for entry in ledger if entry.op != "unshard"] == phases
+
+
+def test_forward_mode_of_lookups_and_losses_is_that_of_plain_torch():
+    """On a mesh of one process, where nothing is sent: tangents over more are in tests/test_gloo.py."""
+    mesh, rules = ft.make_mesh(dp=1), ft.AxisRules({"batch": "dp", "seq": None, "vocab": None, "embed": None})
+    x, t = torch.randn(2, 3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))[:, 0]
+    ids, labels = torch.tensor([2, 0, 1]), torch.tensor([1, -100, 3, 0])
+
+    def ours(x):
+        looked = ft.take("batch, vocab embed -> batch embed", ids, x)
+        chosen = ft.select("vocab embed, vocab -> vocab", x, labels.clamp(min=0))
+        losses = ft.cross_entropy("vocab embed, vocab", x, labels)
+        twice = torch.func.grad(lambda x: ft.cross_entropy("vocab embed, vocab -> ", x, labels))(x)
+        return looked, chosen, losses, twice
+
+    def plain(x):
+        losses = F.cross_entropy(x, labels, reduction="none")
+        twice = torch.func.grad(lambda x: F.cross_entropy(x, labels, reduction="sum"))(x)
+        return x[ids], x.gather(1, labels.clamp(min=0)[:, None])[:, 0], losses, twice
+
+    actual = ft.spmd(lambda: torch.func.jvp(ours, (x,), (t,)), mesh=mesh, rules=rules)()
+    assert_close(actual, torch.func.jvp(plain, (x,), (t,)))
