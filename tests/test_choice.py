@@ -76,7 +76,7 @@ def elements(contraction: Contraction, term: Term, splits: Splits, frames: Frame
 @settings(max_examples=100)
 @given(drawn=contractions(one_table=True))
 def test_no_other_order_of_an_axis_shards_sends_less(drawn):
-    """Where two tensors lie in different orders, the costly one keeps its own (each axis weighed as if it were alone)."""
+    """Where two tensors lie in different orders, the costly one keeps its own; each axis is weighed alone."""
     contraction, mesh = drawn
     for term, (splits, frames) in zip(contraction.terms, choose(contraction, mesh, FREE), strict=True):
         layouts = [*(contraction.operands[i] for i in term.operands), contraction.results[term.result]]
@@ -142,6 +142,24 @@ def test_an_axis_is_split_only_where_all_mesh_dims_that_may_split_it_divide_it()
     x, y = Layout(("seq", "k"), (("cp",), ("tp",))), Layout(("seq", "m"), (("tp",), ()))
     wide = Contraction((x,), (y,), (Term(0, (0,)),), (("seq", 2), ("k", 2), ("m", 4)))
     assert chosen_way(wide, mesh, "tp") == ways(wide, mesh, "tp")[0].axes == (None,)
+
+
+def test_terms_share_what_others_pay_for():
+    """The cotangents of f * x * y * g, x and y lying apart: with one of the two exchanged, nothing else moves."""
+    mesh, x, y = MeshSizes(("dp",), (2,)), Layout(("a", "b"), (("dp",), ())), Layout(("a", "b"), ((), ("dp",)))
+    one = Layout((), ())
+    terms = Term(0, (1, 2, 3)), Term(1, (0, 2, 3)), Term(2, (0, 1, 3))
+    contraction = Contraction((one, x, y, one), (one, x, y), terms, (("a", 2), ("b", 2)))
+    assert chosen_way(contraction, mesh, "dp") == ways(contraction, mesh, "dp")[0].axes
+
+
+def test_the_order_of_a_fixed_axis_divides_it():
+    """Ids over cp and tp would like their own order, but with fsdp behind it that is 8 shards of 4 positions."""
+    mesh, fixed = MeshSizes(("fsdp", "cp", "tp"), (2, 2, 2)), Fixed((("tp", "seq"), ("fsdp", "seq")))
+    table, ids = Layout(("seq", "vocab"), (("tp", "fsdp"), ())), Layout(("seq", "batch"), (("cp", "tp"), ()))
+    contraction = Contraction((ids, table), (ids,), (Term(0, (0, 1)),), (("seq", 4), ("vocab", 4), ("batch", 64)))
+    ((_, frames),) = choose(contraction, mesh, fixed)
+    assert frames == {"seq": ("tp", "fsdp")}
 
 
 @pytest.mark.parametrize(("sharding", "size", "axis"), [((), 4, None), (("tp",), 8, "m")], ids=["reduced", "scattered"])

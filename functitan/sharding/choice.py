@@ -69,13 +69,19 @@ def _choose(
 ) -> tuple[str | None, ...]:
     """The axis of each term for one mesh dim.
 
-    Terms share moves, so each move in turn (and none) counts as paid while every term takes its best option; the end
-    that is best as a whole is taken.
+    Terms share moves. So each move in turn (and none) counts as paid while every term takes its best option; then each
+    takes its best given what the others pay. The best end of all is taken.
     """
     options = [_options(dim, dims, term, contraction, sizes, mesh, fixed) for term in contraction.terms]
     moves = {move for own in options for option in own for move in option.moves}
     price = {move: _price(move, dim, contraction, sizes, mesh) for move in moves}
-    ends = {tuple(own.index(_best(own, {paid}, price)) for own in options) for paid in (None, *moves)}
+    ends = set()
+    for paid in (None, *moves):
+        chosen = [_best(own, {paid}, price) for own in options]
+        for t in range(len(options)):
+            others = {move for i, option in enumerate(chosen) if i != t for move in option.moves}
+            chosen[t] = _best(options[t], others, price)
+        ends.add(tuple(own.index(option) for own, option in zip(options, chosen, strict=True)))
     together = [_joint([own[i] for own, i in zip(options, end, strict=True)]) for end in sorted(ends)]
     return _best(together, set(), price).axis  # type: ignore[return-value]
 
@@ -154,7 +160,7 @@ def _frame(
         for layout in layouts:
             dims = layout.of(axis)
             gathered = dims if dims != frame[: len(dims)] else tuple(dim for dim in dims if dim not in split)
-            moved += _elements(layout, sizes, mesh) * (mesh.size(gathered) - 1)
+            moved += _elements(layout, sizes, mesh) * mesh.size(gathered)
         return moved, -len(frame), frame
 
     orders = [layout.of(axis) for layout in layouts]
