@@ -11,15 +11,21 @@ from plans import contractions
 
 import functitan as ft
 from functitan.axes import parse_axes
+from functitan.ops.contraction import contract
+from functitan.ops.types import Type
+from functitan.sharding.context import current
+from functitan.sharding.contraction import Contraction
+from functitan.sharding.layout import block_of
 from functitan.sharding.plan import plan
+from functitan.sharding.steps import Label
 from functitan.testing.sharded import assert_close
-from functitan.testing.strategies import axis_sizes, meshes, rules_tables
+from functitan.testing.strategies import AXES, axis_sizes, meshes, rules_tables
 
-AXES = ("batch", "seq")  # two axes meet most of what several would
+TWO = AXES[:2]  # two axes meet most of what several would
 
 
 @settings(max_examples=60)
-@given(mesh=meshes(), tables=st.tuples(rules_tables(AXES), rules_tables(AXES)), data=st.data())
+@given(mesh=meshes(), tables=st.tuples(rules_tables(TWO), rules_tables(TWO)), data=st.data())
 def test_any_layout_becomes_any_other(mesh, tables, data):
     """The oracle of both layouts is `ft.shard`, whose own is numpy (tests/test_plan.py)."""
     sizes = [data.draw(axis_sizes(rules, mesh)) for rules in tables]
@@ -35,6 +41,33 @@ def test_any_layout_becomes_any_other(mesh, tables, data):
 
     for moved, after, back, before in ft.simulate(**mesh)(rank)():
         assert_close((moved, back), (after, before), tolerance=0.0)
+
+
+@settings(max_examples=60)
+@given(drawn=contractions())
+def test_a_contraction_of_any_layouts_is_the_einsum(drawn):
+    """Each tensor's shard is what `block_of` cuts out, whose oracle is numpy (tests/test_plan.py)."""
+    (operands, results, terms, _), known = drawn
+    size = math.prod(known.sizes)  # of every axis: each layout divides it
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn([size] * len(x.axes), generator=generator, dtype=torch.float64) for x in operands]
+    expected = [torch.zeros([size] * len(y.axes), dtype=torch.float64) for y in results]
+    for result, used in terms:
+        axes = results[result].axes
+        wide = [((axis,), torch.ones(size, dtype=torch.float64)) for axis in axes]  # axes that no operand has
+        sides, xs = zip(*((operands[i].axes, tensors[i]) for i in used), *wide, strict=True)
+        letters = [",".join("".join(chr(97 + AXES.index(a)) for a in own) for own in side) for side in (sides, [axes])]
+        expected[result] += torch.einsum("->".join(letters), *xs)
+    types = [tuple(Type(layout.axes, layout=layout) for layout in side) for side in (operands, results)]
+    typed = Contraction(*types, terms, tuple((axis, size) for axis in AXES))
+
+    def rank(mesh):
+        cut = lambda xs, side: [x[block_of(own, tuple(x.shape), mesh)] for x, own in zip(xs, side, strict=True)]
+        run = ft.spmd(lambda *xs: contract(typed, xs, current(), Label("test", "")), mesh=mesh, rules=ft.AxisRules({}))
+        return list(run(*cut(tensors, operands))), cut(expected, results)
+
+    for actual, wanted in ft.simulate(**dict(zip(known.dims, known.sizes, strict=True)))(rank)():
+        assert_close(actual, wanted)
 
 
 @settings(max_examples=100)
