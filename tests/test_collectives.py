@@ -137,12 +137,16 @@ def test_vmap_maps_each_example(case, place):
 @pytest.mark.parametrize("case", [scatter(0), REDUCE], ids=str)
 def test_sums_are_taken_in_the_dtype_given(case):
     """256 + 1 + 1 + 1 is 259: bfloat16 adds nothing to 256, float32 adds three and rounds once, to 260."""
-    x = torch.ones(8, *SHAPE, dtype=torch.bfloat16)
-    for group in groups(("fsdp", "tp")):
-        x[group[0]] = 256
-    for dtype, expected in ((None, 256), (torch.float32, 260)):
-        for out in on_mesh(lambda x, dtype=dtype: case(x, ("fsdp", "tp"), dtype=dtype), x):
-            assert out.dtype == torch.bfloat16 and (out == expected).all()
+    dims, scale = ("tp", "fsdp"), 2.0 ** torch.arange(8).view(8, 1, 1)  # exact, and another for each row
+    x = torch.ones(8, *SHAPE) * scale
+    for group in groups(dims):
+        x[group[0]] *= 256
+    for dtype, total in ((None, 256), (torch.float32, 260)):
+        outs = on_mesh(lambda x, dtype=dtype: case(x, dims, dtype=dtype), x.bfloat16())
+        whole = (total * scale).expand(SHAPE)
+        for group in groups(dims):
+            wanted = whole.split(2) if case.name == "reduce_scatter" else [whole] * 4
+            assert all(torch.equal(outs[rank], own.bfloat16()) for rank, own in zip(group, wanted, strict=True))
 
 
 def test_the_transpose_of_a_gather_sums_in_the_dtype_given():
