@@ -59,8 +59,7 @@ def mutants(module: str) -> list[Mutant]:
         start, end = _span(text, change.node)
         old = " ".join(text.encode()[start:end].decode().split())
         new = " ".join(change.code.split())
-        label = base = f"{module}.{name}: {_short(old)} -> {_short(new)}"
-        count = 1
+        label, count = (base := f"{module}.{name}: {_short(old)} -> {_short(new)}"), 1
         while label in found:
             label = f"{base} #{(count := count + 1)}"
         code = change.code if isinstance(change.node, ast.stmt) else f"({change.code})"
@@ -294,8 +293,7 @@ def _span(text: str, node: ast.AST) -> tuple[int, int]:
     starts = [0]
     for line in text.encode().splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
-    at = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset  # type: ignore
-    return at
+    return starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset  # type: ignore
 
 
 def _short(code: str, width: int = 70) -> str:

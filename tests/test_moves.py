@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from plans import contractions
 
@@ -14,8 +14,9 @@ from functitan.axes import parse_axes
 from functitan.ops.contraction import contract
 from functitan.ops.types import Type
 from functitan.sharding.context import current
-from functitan.sharding.contraction import Contraction
-from functitan.sharding.layout import block_of
+from functitan.sharding.contraction import Contraction, Term
+from functitan.sharding.layout import Layout, block_of
+from functitan.sharding.mesh import MeshSizes
 from functitan.sharding.plan import plan
 from functitan.sharding.steps import Label
 from functitan.testing.sharded import assert_close
@@ -43,8 +44,17 @@ def test_any_layout_becomes_any_other(mesh, tables, data):
         assert_close((moved, back), (after, before), tolerance=0.0)
 
 
-@settings(max_examples=60)
+X, Y, ONE = Layout(("batch",), (("dp",),)), Layout(("batch",), (("fsdp", "dp"),)), Layout((), ())
+COUSINS = Contraction((ONE, X, Y), (ONE, X), (Term(0, (1, 2)), Term(1, (0, 2))), (("batch", 4),))
+A, B = Layout(("batch",), (("fsdp",),)), Layout(("batch", "seq"), (("fsdp", "dp"), ()))
+C, D = Layout(("mlp", "seq", "heads"), (("fsdp",), (), ())), Layout(("mlp",), (("fsdp",),))
+OUTER = Contraction((A, B, C), (D,), (Term(0, (0, 1, 2)),), (("batch", 4), ("seq", 4), ("mlp", 4), ("heads", 4)))
+
+
+@settings(max_examples=200)
 @given(drawn=contractions())
+@example(drawn=(COUSINS, MeshSizes(("dp", "fsdp"), (2, 2))))  # an inner shard moves while the outer one is whole
+@example(drawn=(OUTER, MeshSizes(("dp", "fsdp"), (2, 2))))  # an inner shard is sliced before the outer one is gathered
 def test_a_contraction_of_any_layouts_is_the_einsum(drawn):
     """Each tensor's shard is what `block_of` cuts out, whose oracle is numpy (tests/test_plan.py)."""
     (operands, results, terms, _), known = drawn

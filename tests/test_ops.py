@@ -367,6 +367,17 @@ def test_what_a_transpose_sends_is_of_the_phase_backward(op, data):
     assert [entry.phase for entry in ledger if entry.op != "unshard"] == phases
 
 
+def test_forward_mode_is_refused_on_threads():
+    """Torch's forward-AD levels are global to the process: rank 1 asks for no derivative, so that levels do not mix."""
+
+    def one_asks(mesh, x):
+        total = ft.spmd(lambda x: ft.reduce("batch ->", x), mesh=mesh, rules=ft.AxisRules({"batch": "dp"}))
+        return torch.func.jvp(total, (x,), (x,)) if mesh.rank == 0 else total(x)
+
+    with pytest.raises(ft.MeshError, match="jvp of contraction:\n  - torch's forward mode is not thread-safe"):
+        ft.simulate(dp=2)(one_asks)(torch.ones(2))
+
+
 def test_forward_mode_of_lookups_and_losses_is_that_of_plain_torch():
     """On a mesh of one process, where nothing is sent: tangents over more are in tests/test_gloo.py."""
     mesh, rules = ft.make_mesh(dp=1), ft.AxisRules({"batch": "dp", "seq": None, "vocab": None, "embed": None})

@@ -7,7 +7,7 @@ contraction are chosen for together: an operand that one term has brought somewh
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from functitan.sharding.contraction import Contraction, Term
 from functitan.sharding.layout import Layout
@@ -39,7 +39,7 @@ class _Move(NamedTuple):
 class _Option(NamedTuple):
     """One axis (or none) for one term, or one for each; the collectives it takes, and its rank among equals."""
 
-    axis: str | tuple[str | None, ...] | None
+    axis: Any  # a name or None; of all terms together a tuple of them
     moves: frozenset[_Move]
     rank: tuple[int, int]  # how many terms are worked out alike on every rank, and how many are summed over ranks
 
@@ -83,7 +83,7 @@ def _choose(
             chosen[t] = _best(options[t], others, price)
         ends.add(tuple(own.index(option) for own, option in zip(options, chosen, strict=True)))
     together = [_joint([own[i] for own, i in zip(options, end, strict=True)]) for end in sorted(ends)]
-    return _best(together, set(), price).axis  # type: ignore[return-value]
+    return _best(together, set(), price).axis
 
 
 def _joint(chosen: list[_Option]) -> _Option:
@@ -93,7 +93,7 @@ def _joint(chosen: list[_Option]) -> _Option:
     return _Option(tuple(option.axis for option in chosen), moves, (repeated, summed))
 
 
-def _best(options: list[_Option], paid: set[_Move | None], price: dict[_Move, int]) -> _Option:
+def _best(options: list[_Option], paid: set[Any], price: dict[_Move, int]) -> _Option:
     costs = []
     for option in options:
         moves = option.moves - paid
