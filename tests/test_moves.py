@@ -48,13 +48,18 @@ X, Y, ONE = Layout(("batch",), (("dp",),)), Layout(("batch",), (("fsdp", "dp"),)
 COUSINS = Contraction((ONE, X, Y), (ONE, X), (Term(0, (1, 2)), Term(1, (0, 2))), (("batch", 4),))
 A, B = Layout(("batch",), (("fsdp",),)), Layout(("batch", "seq"), (("fsdp", "dp"), ()))
 C, D = Layout(("mlp", "seq", "heads"), (("fsdp",), (), ())), Layout(("mlp",), (("fsdp",),))
-OUTER = Contraction((A, B, C), (D,), (Term(0, (0, 1, 2)),), (("batch", 4), ("seq", 4), ("mlp", 4), ("heads", 4)))
+E = Layout(("batch", "seq"), (("fsdp",), ("dp",)))
+OUTER, CROSSING = (
+    Contraction((x, B, C), (D,), (Term(0, (0, 1, 2)),), (("batch", 4), ("seq", 4), ("mlp", 4), ("heads", 4)))
+    for x in (A, E)
+)
 
 
 @settings(max_examples=200)
 @given(drawn=contractions())
 @example(drawn=(COUSINS, MeshSizes(("dp", "fsdp"), (2, 2))))  # an inner shard moves while the outer one is whole
 @example(drawn=(OUTER, MeshSizes(("dp", "fsdp"), (2, 2))))  # an inner shard is sliced before the outer one is gathered
+@example(drawn=(CROSSING, MeshSizes(("dp", "fsdp"), (2, 2))))  # and exchanged before
 def test_a_contraction_of_any_layouts_is_the_einsum(drawn):
     """Each tensor's shard is what `block_of` cuts out, whose oracle is numpy (tests/test_plan.py)."""
     (operands, results, terms, _), known = drawn
