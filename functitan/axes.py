@@ -57,6 +57,24 @@ def parse_signature(pattern: str) -> Signature:
     return Signature(tuple(tensors[0]), tuple(tensors[1]))
 
 
+@cache
+def parse_operands(pattern: str) -> tuple[Axes, ...]:
+    """The axes of each operand of an op whose result needs no pattern, separated by commas.
+
+    >>> parse_operands("batch embed, embed")
+    (('batch', 'embed'), ('embed',))
+    """
+    if not isinstance(pattern, str):
+        raise PatternError(_not_a_string(pattern))
+    if "->" in pattern:
+        raise PatternError(report(f"pattern {pattern!r}", [_NO_ARROW], "write the operands alone, 'operand, operand'"))
+    operands = [tuple(axes.split()) for axes in pattern.split(",")]
+    problems = [problem for axes in operands for problem in _problems(" ".join(axes), axes)]
+    if problems:
+        raise PatternError(report(f"pattern {pattern!r}", problems, _FIX))
+    return tuple(operands)
+
+
 def write_axes(axes: Axes) -> str:
     """The pattern of `axes`: the inverse of `parse_axes`."""
     return " ".join(axes)
@@ -79,12 +97,14 @@ def _problems(pattern: str, axes: Axes) -> list[str]:
 
 
 def _not_a_string(pattern: object) -> str:
-    return report(f"pattern {pattern!r}", [f"a pattern is a string, this is a {type(pattern).__name__}"], _FIX_STRING)
+    what = f"a value of type {type(pattern).__name__!r}"  # not its repr: it may be a big tensor
+    return report(f"pattern that is {what}", ["a pattern is a string"], _FIX_STRING)
 
 
 _NAME = "{0!r} in {1!r} is not an axis name: letters, digits and '_', beginning with a letter"
 _REPEATED = "axis {0!r} stands twice in {1!r}: each axis of a tensor has a name of its own"
 _ARROWS = "a pattern of an operation has one '->', this has {0}"
+_NO_ARROW = "it has '->', but the pattern of this result follows from the operands"
 _FIX = "name each axis once, with spaces between, as in 'batch seq embed'"
 _FIX_ARROW = "write 'operand, operand -> result', as in 'batch embed, embed mlp -> batch mlp'"
-_FIX_STRING = "the pattern comes first and tensors after, as in ft.einsum('a b, b c -> a c', x, w)"
+_FIX_STRING = "write 'batch seq embed'; in ops it comes first, as in ft.einsum('a b, b c -> a c', x, w)"

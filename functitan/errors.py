@@ -58,6 +58,13 @@ def report(what: str, problems: Iterable[str], fix: str = "") -> str:
     return "\n".join(lines + ([f"  Fix: {fix}"] if fix else []))
 
 
+def check_function(fn: object, what: str) -> None:
+    """Raise `FunctitanError` if a wrapper of functions is given something else."""
+    if not callable(fn):
+        problem = f"it wraps a function, not a value of type {type(fn).__name__!r}"
+        raise FunctitanError(report(what, [problem], f"write {what}(fn, ...), and call what it returns"))
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` where a known name is close, else the empty string.
 

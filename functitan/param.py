@@ -7,7 +7,7 @@ same bits whoever asks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,19 +39,23 @@ class Param:
     rules: Any = None  # tables belong to a layer above this one
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", tuple(self.shape))
         names, problems = parse_axes(self.pattern), []
-        if len(names) != len(self.shape):
-            problems.append(
-                f"pattern {self.pattern!r} names {len(names)} axes, the shape has {len(self.shape)}: {self.shape}"
-            )
-        problems += [
-            f"size {n!r} is not a whole number of at least 1" for n in self.shape if not isinstance(n, int) or n < 1
-        ]
+        if isinstance(self.shape, Iterable):
+            object.__setattr__(self, "shape", tuple(self.shape))
+            if len(names) != len(self.shape):
+                problems.append(f"the pattern names {len(names)} axes, the shape has {len(self.shape)}: {self.shape}")
+            problems += [
+                f"{n!r} is not a size: a whole number of at least 1" for n in self.shape if type(n) is not int or n < 1
+            ]
+        else:
+            problems.append(f"the shape is {self.shape!r}, not a tuple of sizes")
+        if not callable(self.init):
+            problems.append(f"init is {self.init!r}, not a function such as ft.param.normal(0.02)")
+        if not isinstance(self.dtype, torch.dtype):
+            problems.append(f"dtype is {self.dtype!r}, not a dtype of torch")
         if problems:
-            raise PatternError(
-                report(f"Param({self.pattern!r}, {self.shape})", problems, "name each dimension once, in order")
-            )
+            fix = "write as in ft.Param('embed mlp', (256, 768)): one size for each name, in order"
+            raise PatternError(report(f"Param({self.pattern!r}, {self.shape!r})", problems, fix))
 
     def __repr__(self) -> str:
         dtype = "" if self.dtype == torch.float32 else f", dtype={self.dtype}"

@@ -17,21 +17,24 @@ from itertools import product
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode  # private; tried on torch 2.13; used in `_is_traced` only
+from torch._guards import detect_fake_mode  # private; tried on torch 2.13; used in `_sample` only
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from functitan.errors import FunctitanError, report
 
 Block = Sequence[slice]
 Device = torch.device | str
 
 _CHUNK = 2**16  # elements sampled at once: the work buffers stay in the cache
 _MASK = 2**32 - 1
+_error = lambda problem, fix: FunctitanError(report("ft.random", [problem], fix))
 
 
 def key(seed: int) -> Tensor:
     """A key from a seed.
 
     Arguments: `seed`, an int in [0, 2**64). Result: int64 of shape (2,), two words of 32 bits.
-    Raises ValueError for another seed.
+    Raises FunctitanError for another seed.
 
     >>> key(7)
     tensor([0, 7])
@@ -44,11 +47,11 @@ def split(key: Tensor, n: int = 2) -> Tensor:
     """`n` new keys, which are independent of each other and, if `key` is not used again, of all else.
 
     Arguments: `key`, int64 (2,). Result: int64 (n, 2); row i is `fold_in(key, i)`.
-    Raises ValueError for a bad key or a negative `n`.
+    Raises FunctitanError for a bad key or a negative `n`.
 
     >>> first, second = split(key(0))
     """
-    _check_key(key)
+    check_key(key)
     _check_shape((n,))
     counter = torch.arange(n, dtype=torch.int64, device=key.device)
     return torch.stack([_unsigned(word) for word in _threefry(key, counter)], -1)
@@ -59,14 +62,14 @@ def fold_in(key: Tensor, data: int | str | Tensor) -> Tensor:
 
     Arguments: `key`, int64 (2,); `data`, an int in [0, 2**64), a str (its 64-bit BLAKE2b hash is used, so that the
     result is the same in every process) or an integer tensor of shape () (so that a captured step can fold in its
-    own counter). Result: int64 (2,). Raises ValueError for other data and for a bad key.
+    own counter). Result: int64 (2,). Raises FunctitanError for other data and for a bad key.
 
     >>> dropout_key = fold_in(fold_in(key(0), "blocks.3.dropout"), 100)
     """
-    _check_key(key)
+    check_key(key)
     if isinstance(data, Tensor):
         if data.ndim or data.is_floating_point() or data.is_complex() or data.dtype == torch.bool:
-            raise ValueError(f"fold_in: data is {data.dtype} {tuple(data.shape)}; a tensor must be an integer, ()")
+            raise _error(f"fold_in: data is {data.dtype} {tuple(data.shape)}", "a tensor must be an integer, []")
         counter = data.to(key.device, torch.int64)
     else:
         if isinstance(data, str):
@@ -81,7 +84,7 @@ def bits(key: Tensor, shape: Sequence[int], *, block: Block | None = None, devic
 
     Arguments: `key`, int64 (2,); `shape`, the *global* shape; `block`, one `slice(start, stop)` for each axis: the
     part that is wanted (None: all of it); `device`, the key's own by default. Result: int64 of the block's shape.
-    Raises ValueError for a bad key, shape or block.
+    Raises FunctitanError for a bad key, shape or block.
 
     >>> bits(key(0), (4,))
     tensor([4070199207, 4202968722, 1427181096, 2012915765])
@@ -106,14 +109,14 @@ def uniform(
     Every number in [0, 1) is an exact multiple of 2**-digits. With other bounds, rounding to `dtype` may give `high`.
 
     Arguments: as for `bits`; `low` <= `high`, finite; `dtype`, float16, bfloat16, float32 or float64.
-    Result: `dtype`, of the block's shape. Raises ValueError for bad arguments.
+    Result: `dtype`, of the block's shape. Raises FunctitanError for bad arguments.
 
     >>> uniform(key(0), (2, 2), low=-1.0)[0, 0].item()
     0.8953...
     """
     digits = _digits(dtype)
     if not (math.isfinite(high - low) and low <= high):
-        raise ValueError(f"uniform: low={low} and high={high} must be finite, with low <= high")
+        raise _error(f"uniform: low={low}, high={high}", "give finite numbers with low <= high")
 
     def draw(first: Tensor, second: Tensor) -> Tensor:
         if digits <= 32:
@@ -139,7 +142,7 @@ def normal(
     It is computed in float64 and rounded once, so that bits do not hang on the last digit of a device's log and cos.
 
     Arguments: as for `bits`; `dtype`, float16, bfloat16, float32 or float64. Result: `dtype`, of the block's shape.
-    Raises ValueError for bad arguments.
+    Raises FunctitanError for bad arguments.
 
     >>> whole = normal(key(0), (8, 6))
     >>> torch.equal(normal(key(0), (8, 6), block=(slice(2, 4), slice(None))), whole[2:4])
@@ -160,12 +163,12 @@ def bernoulli(
     """True with probability `p`, rounded to a multiple of 2**-32; 0 and 1 are exact.
 
     Arguments: `p` in [0, 1]; the others as for `bits`. Result: bool, of the block's shape.
-    Raises ValueError for bad arguments.
+    Raises FunctitanError for bad arguments.
 
     >>> keep = bernoulli(key(0), 0.9, (4, 8))
     """
     if not 0.0 <= p <= 1.0:
-        raise ValueError(f"bernoulli: p={p} must be in [0, 1]")
+        raise _error(f"bernoulli: p={p}", "give a probability in [0, 1]")
     threshold = round(p * 2**32)
     return _sample(lambda first, second: _unsigned(first ^ second) < threshold, torch.bool, key, shape, block, device)
 
@@ -179,14 +182,15 @@ def _sample(
     device: Device | None,
 ) -> Tensor:
     """`draw` of the two words of every element of a block, in boxes of at most `_CHUNK` elements."""
-    _check_key(key)
+    check_key(key)
     shape = _check_shape(shape)
     bounds = _check_block(block, shape)
     key = key if device is None else key.to(device)
     runs = _runs(shape, bounds)
     sizes = [size for _, size, _ in runs]
     # A trace holds a few dozen nodes for each box, and fake tensors use no memory: there, one box.
-    boxes = _boxes(sizes, max(1, math.prod(sizes)) if _is_traced(key) else _CHUNK)
+    traced = key.is_meta or get_proxy_mode() is not None or detect_fake_mode(key) is not None
+    boxes = _boxes(sizes, max(1, math.prod(sizes)) if traced else _CHUNK)
     words = (_threefry(key, _indices(runs, box, key.device)) for box in boxes)
     if len(boxes) == 1:
         return draw(*next(words)).reshape([stop - start for start, stop in bounds])
@@ -254,32 +258,29 @@ def _open_unit(word: Tensor) -> Tensor:
     return ((word ^ -(2**31)).double() + (2.0**31 + 0.5)) * 2.0**-32
 
 
-def _is_traced(key: Tensor) -> bool:
-    return key.is_meta or get_proxy_mode() is not None or detect_fake_mode(key) is not None
-
-
 def _digits(dtype: torch.dtype) -> int:
     if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise ValueError(f"dtype={dtype} must be torch.float16, bfloat16, float32 or float64")
+        raise _error(f"dtype={dtype}", "give torch.float16, bfloat16, float32 or float64")
     return 1 - round(math.log2(torch.finfo(dtype).eps))
 
 
 def _check_64_bits(value: int, name: str) -> None:
     if type(value) is not int or not 0 <= value < 2**64:
-        raise ValueError(f"{name}={value!r} must be an int in [0, 2**64)")
+        raise _error(f"{name}={value!r}", "give an int in [0, 2**64)")
 
 
-def _check_key(key: Tensor) -> None:
+def check_key(key: Tensor, what: str = "ft.random") -> None:
+    """Raise FunctitanError for what is no key."""
     if not isinstance(key, Tensor) or key.dtype != torch.int64 or tuple(key.shape) != (2,):
         found = f"a tensor {key.dtype} {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)
-        raise ValueError(f"the key is {found}; it must be an int64 tensor of shape (2,), as random.key(seed) makes it")
+        fix = "make it by ft.random.key(seed), an int64 tensor of shape (2,); of ft.random.split take one row"
+        raise FunctitanError(report(what, [f"the key is {found}"], fix))
 
 
 def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    if not isinstance(shape, Sequence) or not all(type(size) is int and size >= 0 for size in shape):
-        raise ValueError(f"shape {shape!r} must be a sequence of ints >= 0")
-    if math.prod(shape) >= 2**63:
-        raise ValueError(f"shape {shape!r} has 2**63 elements or more: their indices overflow int64")
+    sizes = shape if isinstance(shape, Sequence) else (-1,)
+    if not all(type(size) is int and size >= 0 for size in sizes) or math.prod(sizes) >= 2**63:
+        raise _error(f"shape={shape!r}", "give a sequence of ints >= 0, fewer than 2**63 elements")
     return tuple(shape)
 
 
@@ -287,7 +288,7 @@ def _check_block(block: Block | None, shape: tuple[int, ...]) -> list[tuple[int,
     if block is None:
         return [(0, size) for size in shape]
     if not isinstance(block, Sequence) or len(block) != len(shape) or not all(isinstance(s, slice) for s in block):
-        raise ValueError(f"block {block!r} must have one slice for each of the {len(shape)} axes of shape {shape}")
+        raise _error(f"block={block!r}", f"give one slice for each of the {len(shape)} axes of shape {shape}")
     bounds = [(s.start or 0, size if s.stop is None else s.stop) for s, size in zip(block, shape, strict=True)]
     bad = [
         f"axis {axis}: {s} of size {size}"
@@ -295,5 +296,5 @@ def _check_block(block: Block | None, shape: tuple[int, ...]) -> list[tuple[int,
         if s.step not in (None, 1) or {type(start), type(stop)} != {int} or not 0 <= start <= stop <= size
     ]
     if bad:
-        raise ValueError(f"block of shape {shape}: {'; '.join(bad)}. Give 0 <= start <= stop <= size, and step 1")
+        raise _error(f"block of shape {shape}: {'; '.join(bad)}", "give 0 <= start <= stop <= size, and step 1")
     return bounds

@@ -6,6 +6,7 @@ accumulation do not change the loss. Patterns are static data of the state.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,11 +17,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from functitan import random, tree
-from functitan.errors import FunctitanError, report
+from functitan.errors import FunctitanError, check_function, report
 from functitan.optim import ClipState, GradientTransformation, apply_updates
 from functitan.optim.finite import check_policy, guarded
+from functitan.optim.transform import check_transformations
 from functitan.sharding.context import as_mesh, current, spmd, using
-from functitan.sharding.init import init
+from functitan.sharding.init import check_declarations, init
 from functitan.sharding.layout import table_of
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.rules import AxisRules
@@ -63,11 +65,15 @@ class TrainState:
         The optimizer state is what `tx.init(declarations)` declares: a tree of `Param`.
         """
         known = as_mesh(mesh)
+        check_transformations("ft.TrainState.create", {"tx": tx})
+        check_declarations(declarations, key, known, rules, "ft.TrainState.create")
         _check_tables(declarations)
+        of_optimizer = tx.init(declarations)
+        check_declarations(of_optimizer, key, known, rules, "ft.TrainState.create: the optimizer state")
         of_params, of_steps = random.split(key)
         params = init(declarations, of_params, mesh=known, rules=rules)
         step = torch.zeros((), dtype=torch.int64, device=key.device)
-        opt_state = init(tx.init(declarations), of_params, mesh=known, rules=rules)
+        opt_state = init(of_optimizer, of_params, mesh=known, rules=rules)
         return TrainState(params, opt_state, step, of_steps, declarations, known, rules)
 
     @staticmethod
@@ -110,10 +116,13 @@ def train_step(
     (['count', 'loss'], 1)
     """
 
+    check_function(loss_fn, "ft.train_step")
+    check_transformations("ft.train_step", {"tx": tx})
     if check not in (True, False, "first"):
         raise FunctitanError(report("ft.train_step", [f"check is {check!r}"], "choose True, False or 'first'"))
     check_policy(nonfinite)
     seen: WeakSet[Any] = WeakSet()  # of meshes that had their first step
+    known: list[Any] = []  # structures of optimizer states that are this optimizer's
 
     def mean_loss(params: tree.Tree, batch: Any, key: Tensor) -> tuple[Tensor, Any]:
         (total, count), aux = split_loss(loss_fn(params, batch, key), "ft.train_step")
@@ -146,8 +155,9 @@ def train_step(
         return replace(state, params=params, opt_state=opt_state, step=state.step + 1), metrics
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
-        _check_state(state)
-        check_donated((state.params, state.opt_state), "ft.train_step: the state")
+        _check_state(state, tx, known)
+        donated = OrderedDict(params=state.params, opt_state=state.opt_state)  # parameters first: errors list them so
+        check_donated(donated, "ft.train_step: the state")
         outer = current().mesh
         inner = checked(run) if _due(check, outer or state.mesh, seen) else run
         new, metrics = (inner if outer is not None else spmd(inner, mesh=state.mesh, rules=state.rules))(state, batch)
@@ -183,11 +193,20 @@ def _check_tables(declarations: tree.Tree) -> None:
         raise FunctitanError(report("ft.TrainState.create: the parameters", own, fix))
 
 
-def _check_state(state: Any) -> None:
+def _check_state(state: Any, tx: GradientTransformation, known: list[Any]) -> None:
     if not isinstance(state, TrainState):
         raise FunctitanError(
             report("ft.train_step", [f"state is a {type(state).__name__}"], "make one by ft.TrainState.create")
         )
+    structure = tree.flatten(state.opt_state)[1]
+    if structure not in known:
+        problems = tree.mismatches(
+            tx.init(state.declarations), state.opt_state, "this optimizer's state", "the state's"
+        )
+        if problems:
+            fix = "give ft.TrainState.create and ft.train_step the same optimizer"
+            raise FunctitanError(report("ft.train_step: the optimizer state", problems, fix))
+        known.append(structure)
 
 
 def _renewed(old: tree.Tree, new: tree.Tree, step: Any) -> tree.Tree:

@@ -38,7 +38,31 @@ def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     >>> map(lambda x, y: x + y, {"a": 1, "b": [2]}, {"a": 10, "b": [20]})
     {'a': 11, 'b': [22]}
     """
-    return optree.tree_map(fn, tree, *rest, namespace=NAMESPACE)
+    try:
+        return optree.tree_map(fn, tree, *rest, namespace=NAMESPACE)
+    except ValueError:
+        problems = [
+            p for i, other in enumerate(rest) for p in mismatches(tree, other, "the first tree", f"tree {i + 2}")
+        ]
+        if not problems:  # it is the function's own
+            raise
+        raise FunctitanError(report("tree.map", problems, "give trees of one structure")) from None
+
+
+def mismatches(first: Tree, second: Tree, name: str, other: str) -> list[str]:
+    """What differs between the structures of two trees, by path: leaves that one lacks, else the containers.
+
+    >>> mismatches({"a": 1, "b": 2}, {"a": 1, "c": 2}, "params", "grads")
+    ['b is only in params', 'c is only in grads']
+    """
+    if flatten(first)[1] == flatten(second)[1]:
+        return []
+    mine, theirs = paths(first), paths(second)
+    lines = [f"{path or 'one leaf'} is only in {name}" for path in mine if path not in set(theirs)]
+    lines += [f"{path or 'one leaf'} is only in {other}" for path in theirs if path not in set(mine)]
+    return _short(lines) or [
+        f"{name} and {other} have other containers: {type(first).__name__}, {type(second).__name__}"
+    ]
 
 
 def paths(tree: Tree) -> list[str]:
@@ -66,13 +90,30 @@ def broadcast_prefix(prefix: Tree, tree: Tree, what: str = "prefix") -> list[Any
         spread = optree.broadcast_prefix(prefix, tree, none_is_leaf=True, namespace=NAMESPACE)
         below = optree.tree_leaves(tree, none_is_leaf=True, namespace=NAMESPACE)
         return [leaf for leaf, there in zip(spread, below, strict=True) if there is not None]
-    except ValueError as error:
-        raise FunctitanError(report(what, [str(error).splitlines()[0]], _FIX_PREFIX)) from None
+    except ValueError:
+        raise FunctitanError(report(what, _prefix_problems(prefix, tree), _FIX_PREFIX)) from None
 
 
 def register(cls: type, flatten_fn: Callable[[Any], tuple], unflatten_fn: Callable[..., Any]) -> None:
     """Make an immutable class a node: `flatten_fn(value) -> (children, static, names)`."""
     optree.register_pytree_node(cls, flatten_fn, unflatten_fn, namespace=NAMESPACE)
+
+
+def _prefix_problems(prefix: Tree, tree: Tree) -> list[str]:
+    """The subtrees of `tree` that a prefix has no entry for, and its entries that `tree` does not have."""
+    entries = optree.tree_paths(prefix, none_is_leaf=True, namespace=NAMESPACE)
+    below = optree.tree_paths(tree, none_is_leaf=True, namespace=NAMESPACE)
+    heads = {path[:n] for path in below for n in range(len(path) + 1)}
+    known = set(entries)
+    lines = [
+        f"nothing for {'.'.join(map(str, p))}" for p in below if not any(p[:n] in known for n in range(len(p) + 1))
+    ]
+    lines += [f"{'.'.join(map(str, p)) or 'an entry'} is not in the tree" for p in entries if p not in heads]
+    return _short(lines) or ["its containers are not those of the tree: lists, tuples and dicts must stand alike"]
+
+
+def _short(lines: list[str], most: int = 8) -> list[str]:
+    return lines if len(lines) <= most else [*lines[:most], f"and {len(lines) - most} more"]
 
 
 _FIX_PREFIX = "give a tree of the same structure, or one leaf for a whole subtree of it"

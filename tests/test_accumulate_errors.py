@@ -61,8 +61,8 @@ BAD = {  # what is wrong: (the call, the kind of error, its whole text)
         ft.FunctitanError,
         """\
         ft.accumulate: parameters without a derivative:
-          - name is a str
-          - steps is a tensor of torch.int64
+          - name is a value of type 'str'
+          - steps is int64[]
           Fix: close over such leaves, or pass them with the batch""",
     ),
     "no patterns on a mesh": (
@@ -119,7 +119,7 @@ BAD = {  # what is wrong: (the call, the kind of error, its whole text)
         ft.FunctitanError,
         """\
         ft.accumulate: the loss function:
-          - it returned a tensor of shape ()
+          - it returned float32[]
           Fix: return (sum, count), scalars over the whole batch: (ft.reduce('batch seq ->', loss), tokens); or (those, aux)""",  # noqa: E501
     ),
 }

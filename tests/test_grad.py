@@ -86,13 +86,13 @@ def test_frozen_operands_cost_no_collective():
 @pytest.mark.parametrize(
     "call, text",
     [
-        (lambda: ft.grad(lambda x: x)(torch.ones(2)), r"the function's value is of shape \(2,\)(.|\n)*return a scalar"),
+        (lambda: ft.grad(lambda x: x)(torch.ones(2)), r"the function gives float32\[2\](.|\n)*return a scalar"),
         (
             lambda: ft.grad(lambda p: p["n"])({"n": torch.tensor(1)}),
-            r"argument 0\.n: a tensor of torch\.int64 has no derivative",
+            r"argument 0\.n: int64\[\] has no derivative",
         ),
-        (lambda: ft.grad(lambda p: p["n"])({"n": 1.0}), r"argument 0\.n: a float has no derivative"),
-        (lambda: ft.jvp(torch.sin, (torch.ones(1),), ()), r"primals have structure(.|\n)*one tangent for each leaf"),
+        (lambda: ft.grad(lambda p: p["n"])({"n": 1.0}), "argument 0.n: a value of type 'float' has no derivative"),
+        (lambda: ft.jvp(torch.sin, (torch.ones(1),), ()), "0 tangents for 1 differentiated arguments"),
         (lambda: ft.vmap(torch.sin, (None,), axis="batch")(torch.ones(1)), "every in_dims is None"),
         (lambda: ft.vmap(torch.sin, axis="batch seq"), "is not one axis name"),
     ],

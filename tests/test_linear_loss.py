@@ -418,12 +418,14 @@ def test_sizes_and_options_that_do_not_fit_say_so():
         return str(error.value).splitlines()[1:]
 
     assert text(x[0], w, labels) == [
-        "  - pattern 'batch seq embed' names 3 axes, the tensor has 2: (8, 4)",
+        "  - x: pattern 'batch seq embed' names 3 axes, the tensor has 2: (8, 4)",
         "  Fix: name each dimension of the tensor once, in order",
     ]
-    assert text(x, w[:2], labels)[0] == (
-        "  - axis 'embed' is 2 in operand 1 'embed vocab' (a shard of 2 over no mesh dim) but 4 in an earlier one"
-    )
+    assert text(x, w[:2], labels.float()) == [
+        "  - labels: dtype float32, where 64-bit integers are wanted",
+        "  - axis 'embed' is 2 in w, but 4 in x",
+        "  Fix: cast by x.long(); give each axis one size, in every operand",
+    ]
     assert text(x, w, labels, chunk=0) == ["  - chunk is 0", "  Fix: give the number of rows of a chunk, at least 1"]
     assert text(x, w, labels, vocab_size=13) == [
         "  - vocab_size is 13, the weight's axis 'vocab' has 12",

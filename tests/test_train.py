@@ -185,7 +185,7 @@ def test_a_donated_state_used_again_is_an_error():
     old = ft.TrainState.create(declared, tx, ft.random.key(0))
     new, _ = step(old, batch)
     assert new.params["embedding"].data_ptr() == old.params["embedding"].data_ptr()  # its own buffers, updated
-    with pytest.raises(ft.DonatedError, match=r"0\.embedding was donated to step 0 of ft\.train_step"):
+    with pytest.raises(ft.DonatedError, match=r"params\.embedding was donated to step 0 of ft\.train_step"):
         step(old, batch)
     step(new, batch)
 
@@ -204,5 +204,5 @@ def test_without_donation_the_old_state_stays():
 
 def test_a_loss_that_is_not_a_sum_and_a_count_is_an_error():
     state = ft.TrainState.create({"w": ft.Param("embed", (2,))}, ft.optim.sgd(0.1), ft.random.key(0))
-    with pytest.raises(ft.FunctitanError, match=r"it returned a tensor of shape \(2,\)(.|\n)*return \(sum, count\)"):
+    with pytest.raises(ft.FunctitanError, match=r"it returned float32\[2\](.|\n)*return \(sum, count\)"):
         ft.train_step(lambda params, batch, key: params["w"], ft.optim.sgd(0.1))(state, None)

@@ -149,7 +149,9 @@ def _texts_of_stream(documents: IterableDataset) -> Callable[[int, int], str | N
 def _check_stream(documents: Corpus, encoding: Encoding, **sizes: int) -> None:
     problems = problems_of(documents)
     problems += [f"{n}={v!r} is not an int >= 1" for n, v in sizes.items() if type(v) is not int or v < 1]
-    if END_OF_TEXT not in encoding.special_tokens_set:
+    if not isinstance(encoding, Encoding):
+        problems.append(f"encoding is a {type(encoding).__name__}, not a tiktoken Encoding as data.encoding makes it")
+    elif END_OF_TEXT not in encoding.special_tokens_set:
         problems.append(f"the encoding {encoding.name!r} has no {END_OF_TEXT} to put between documents")
     if problems:
         fix = "write as in token_stream(stdlib_documents(), byte_encoding(), seq_len=256, batch_size=8)"

@@ -6,13 +6,15 @@ Invariant: nothing here mentions devices; every tensor's layout follows from its
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from functitan import tree
+from functitan.errors import FunctitanError, report
 from functitan.models import llama
-from functitan.models.language import mask_padding, next_token_loss, padded
+from functitan.models.language import bad_sizes, check_batch, check_params, mask_padding, next_token_loss, padded
 from functitan.nn import attention, layer_norm, mlp, position_embedding
 from functitan.ops.einsum import einsum
 from functitan.ops.lookup import take
@@ -58,7 +60,11 @@ CONFIGS = {
 
 
 def params(config: GPT2Config) -> tree.Tree:
-    """The tree of declarations. The embedding serves as output too."""
+    """The tree of declarations. The embedding serves as output too.
+
+    Raises `FunctitanError` for sizes that no GPT-2 can have.
+    """
+    _check_config(config)
     return {
         "embedding": Param("vocab embed", (config.padded_vocab, config.embed), normal(0.02)),
         "positions": position_embedding.params(config.context, config.embed, init=normal(0.02)),
@@ -103,6 +109,7 @@ def apply(
 
     `block` replaces the function of a block: `functools.partial` or any wrapper of `gpt2.block`.
     """
+    check_params("gpt2", params, _declared(config))
     x = take("batch seq, vocab embed -> batch seq embed", tokens, params["embedding"])
     x = position_embedding.apply(params["positions"], x, positions=positions)
     for layer in params["layers"]:
@@ -114,4 +121,21 @@ def apply(
 
 def loss(params: tree.Tree, batch: dict[str, Tensor], config: GPT2Config, **options: Any) -> tuple[Tensor, Tensor]:
     """(sum of the cross entropies, number of labels that count) of {"tokens", "labels"}, both "batch seq"."""
+    check_batch("gpt2", batch)
     return next_token_loss(apply(params, batch["tokens"], config, **options), batch["labels"])
+
+
+def _check_config(config: GPT2Config) -> None:
+    problems = bad_sizes(config, _SIZES)
+    if not problems and config.embed % config.num_heads:
+        problems.append(f"embed {config.embed} is not a multiple of num_heads {config.num_heads}")
+    if problems:
+        raise FunctitanError(report("GPT2Config", problems, "begin with one of gpt2.CONFIGS, and use _replace"))
+
+
+@cache
+def _declared(config: GPT2Config) -> tree.Tree:
+    return params(config)
+
+
+_SIZES = ("vocab_size", "context", "embed", "num_layers", "num_heads")

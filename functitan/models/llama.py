@@ -6,12 +6,14 @@ Invariant: nothing here mentions devices; every tensor's layout follows from its
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from functitan import tree
-from functitan.models.language import mask_padding, next_token_loss, padded
+from functitan.errors import FunctitanError, report
+from functitan.models.language import bad_sizes, check_batch, check_params, mask_padding, next_token_loss, padded
 from functitan.nn import attention, rms_norm, swiglu
 from functitan.nn.rope import RopeScaling
 from functitan.ops.einsum import einsum
@@ -66,7 +68,11 @@ CONFIGS = {
 
 
 def params(config: LlamaConfig) -> tree.Tree:
-    """The tree of declarations. Without "unembedding" the embedding serves as output too (`config.tied`)."""
+    """The tree of declarations. Without "unembedding" the embedding serves as output too (`config.tied`).
+
+    Raises `FunctitanError` for sizes that no Llama can have.
+    """
+    _check_config(config)
     declared = {
         "embedding": Param("vocab embed", (config.padded_vocab, config.embed), normal(0.02)),
         "layers": [block_params(config) for _ in range(config.num_layers)],
@@ -111,6 +117,7 @@ def apply(
 
     `block` replaces the function of a block: `functools.partial` or any wrapper of `llama.block`.
     """
+    check_params("llama", params, _declared(config))
     x = take("batch seq, vocab embed -> batch seq embed", tokens, params["embedding"])
     for layer in params["layers"]:
         x = block(layer, x, config, positions, segments)
@@ -124,4 +131,24 @@ def apply(
 
 def loss(params: tree.Tree, batch: dict[str, Tensor], config: LlamaConfig, **options: Any) -> tuple[Tensor, Tensor]:
     """(sum of the cross entropies, number of labels that count) of {"tokens", "labels"}, both "batch seq"."""
+    check_batch("llama", batch)
     return next_token_loss(apply(params, batch["tokens"], config, **options), batch["labels"])
+
+
+def _check_config(config: LlamaConfig) -> None:
+    problems = bad_sizes(config, _SIZES)
+    sized = not problems
+    if sized and config.num_heads % config.num_kv_heads:
+        problems.append(f"num_heads {config.num_heads} is not a multiple of num_kv_heads {config.num_kv_heads}")
+    if sized and config.head_dim % 2:
+        problems.append(f"head_dim {config.head_dim} is odd: rotary positions turn pairs")
+    if problems:
+        raise FunctitanError(report("LlamaConfig", problems, "begin with one of llama.CONFIGS, and use _replace"))
+
+
+@cache
+def _declared(config: LlamaConfig) -> tree.Tree:
+    return params(config)
+
+
+_SIZES = ("vocab_size", "embed", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp")

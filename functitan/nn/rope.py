@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from functitan.axes import parse_axes
+from functitan.errors import PatternError, report
 from functitan.ops.lookup import iota
 from functitan.ops.move import constrain_like, where_whole
+from functitan.ops.operands import Operand, check_operands
 
 
 class RopeScaling(NamedTuple):
@@ -58,9 +60,16 @@ def apply(
     >>> apply("seq heads head_dim", torch.ones(2, 1, 2), theta=10000.0)[1].flatten()
     tensor([-0.3012,  1.3818])
     """
-    *batch, seq, _, head_dim = parse_axes(pattern)
+    axes = parse_axes(pattern)
+    if len(axes) < 3:
+        raise PatternError(report(f"rope({pattern!r})", [f"{len(axes)} axes"], "end with positions, heads, head_dim"))
+    *batch, seq, _, head_dim = axes
+    check_operands(f"rope({pattern!r})", Operand("x", x, axes, "float"))
 
     def rotate(x: Tensor) -> Tensor:
+        if x.shape[-1] % 2:
+            problem = f"axis {head_dim!r} of size {x.shape[-1]} has no pairs"
+            raise PatternError(report(f"rope({pattern!r})", [problem], "give heads of an even size"))
         freqs = frequencies(x.shape[-1], theta, scaling, x.device)
         angles = at.to(freqs.dtype).unsqueeze(-1) * freqs
         cos, sin = (f(angles).to(x.dtype).unsqueeze(-2) for f in (torch.cos, torch.sin))

@@ -14,14 +14,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from functitan.axes import Axes, parse_axes, write_axes
+from functitan.axes import Axes, parse_operands, write_axes
 from functitan.errors import PatternError, report
 from functitan.ops.contraction import contract, lift
 from functitan.ops.function import hidden_axes, needs_higher_derivatives
+from functitan.ops.operands import Operand, check_operands
 from functitan.ops.types import Type, resolve
 from functitan.sharding.context import Env, current
 from functitan.sharding.contraction import Contraction, Term
-from functitan.sharding.layout import Layout, check_rank
+from functitan.sharding.layout import Layout
 from functitan.sharding.steps import Label
 
 _REPLICA = "_replica"
@@ -52,11 +53,10 @@ def attention(
     """
     axes, kv_axes = _parse(pattern)
     env, label = current(), Label("attention", pattern)
-    for x, its, name in ((q, axes, "queries"), (k, kv_axes, "keys"), (v, kv_axes, "values")):
-        check_rank(its, tuple(x.shape), f"attention({pattern!r}), {name}")
-    for x, name in ((positions, "positions"), (segments, "segments")):
-        if x is not None:
-            check_rank(axes[:-2], tuple(x.shape), f"attention({pattern!r}), {name}")
+    what, marks = f"attention({pattern!r})", (("positions", positions), ("segments", segments))
+    given = [Operand("queries", q, axes, "float"), Operand("keys", k, kv_axes), Operand("values", v, kv_axes)]
+    given += [Operand(name, x, axes[:-2], "int") for name, x in marks if x is not None]
+    check_operands(what, *given, alike=True)
     own = _Marks(positions, segments)
     if env.mesh is None:
         _check_heads(pattern, q.shape[-2], k.shape[-2])
@@ -185,7 +185,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sc
 
 @cache
 def _parse(pattern: str) -> tuple[Axes, Axes]:
-    operands = tuple(parse_axes(part.strip()) for part in pattern.split(","))
+    operands = parse_operands(pattern)
     problems = []
     if len(operands) != 2:
         problems.append(f"{len(operands)} patterns: one of queries, one of keys and values")
@@ -198,12 +198,15 @@ def _parse(pattern: str) -> tuple[Axes, Axes]:
         elif q[:-2] != kv[:-2] or q[-1] != kv[-1]:
             problems.append(f"{write_axes(q)!r} and {write_axes(kv)!r} differ in more than the heads")
     if problems:
-        fix = "write 'batch seq heads head_dim, batch seq kv_heads head_dim'"
-        raise PatternError(report(f"attention({pattern!r})", problems, fix))
+        raise PatternError(report(f"attention({pattern!r})", problems, _FIX))
     return operands  # type: ignore[return-value]
 
 
 def _check_heads(pattern: str, heads: int, kv_heads: int) -> None:
     if heads % kv_heads:
         problem = f"{heads} heads are not a multiple of {kv_heads} kv heads"
-        raise PatternError(report(f"attention({pattern!r})", [problem], "each kv head serves the same number of heads"))
+        fix = "each kv head serves the same number of heads: give a divisor of them"
+        raise PatternError(report(f"attention({pattern!r})", [problem], fix))
+
+
+_FIX = "write 'batch seq heads head_dim, batch seq kv_heads head_dim'"

@@ -11,9 +11,10 @@ from torch import Tensor
 from functitan import random
 from functitan.axes import parse_axes
 from functitan.errors import FunctitanError, report
+from functitan.ops.operands import Operand, check_operands
 from functitan.ops.types import layout_here
 from functitan.sharding.context import current
-from functitan.sharding.layout import Layout, block_of, check_rank, global_shape
+from functitan.sharding.layout import Layout, block_of, global_shape
 
 
 def dropout(pattern: str, x: Tensor, key: Tensor, rate: float) -> Tensor:
@@ -26,9 +27,11 @@ def dropout(pattern: str, x: Tensor, key: Tensor, rate: float) -> Tensor:
     tensor([0., 2.])
     """
     axes, env = parse_axes(pattern), current()
-    check_rank(axes, tuple(x.shape), f"dropout({pattern!r})")
-    if not 0 <= rate < 1:
-        raise FunctitanError(report(f"dropout({pattern!r})", [f"rate is {rate}"], "give one in [0, 1)"))
+    check_operands(f"dropout({pattern!r})", Operand("x", x, axes, "float"))
+    random.check_key(key, f"dropout({pattern!r})")
+    if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+        found = rate if isinstance(rate, (int, float)) else f"a {type(rate).__name__}"
+        raise FunctitanError(report(f"dropout({pattern!r})", [f"rate is {found}"], "give a number in [0, 1)"))
     if rate == 0:
         return x
     shape, block = tuple(x.shape), None

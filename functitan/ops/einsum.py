@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functitan.axes import Signature, parse_signature, write_axes
+from functitan.axes import Axes, Signature, parse_signature, write_axes
 from functitan.errors import PatternError, nearest, report
 from functitan.ops.contraction import contract
 from functitan.ops.local import product
+from functitan.ops.operands import Operand, check_operands
 from functitan.ops.types import Type
 from functitan.sharding.context import current
 from functitan.sharding.contraction import Contraction, terms_of
@@ -38,10 +39,15 @@ def einsum(pattern: str, *tensors: Tensor) -> Any:
     signature, typed = _parse(pattern)
     env = current()
     if env.mesh is None:
-        _check_local(pattern, signature, tuple([x.shape for x in tensors]))
+        try:
+            fits = _fits(signature.operands, tuple([(x.shape, x.dtype, x.device) for x in tensors]))
+        except AttributeError:  # of what is no tensor
+            fits = False
+        if not fits:
+            _check(pattern, signature, tensors)
         results = _products(signature, tensors)
     else:
-        _check_count(pattern, signature, len(tensors))
+        _check(pattern, signature, tensors)
         results = contract(typed, tensors, env, Label("einsum", pattern))
     return results[0] if len(results) == 1 else results
 
@@ -81,27 +87,29 @@ def _parse(pattern: str) -> tuple[Signature, Contraction]:
 
 
 @lru_cache(maxsize=2**14)  # shapes are part of the key: lengths may vary without end
-def _check_local(pattern: str, signature: Signature, shapes: tuple[torch.Size, ...]) -> None:
-    _check_count(pattern, signature, len(shapes))
+def _fits(operands: tuple[Axes, ...], given: tuple[tuple[torch.Size, torch.dtype, torch.device], ...]) -> bool:
+    """Whether tensors of these shapes, dtypes and devices are what the pattern says: one set of them once."""
     sizes: dict[str, int] = {}
-    problems = []
-    for i, (axes, shape) in enumerate(zip(signature.operands, shapes, strict=True)):
-        if len(axes) != len(shape):
-            problems.append(
-                f"operand {i} {write_axes(axes)!r} has {len(axes)} names, "
-                f"its tensor {len(shape)} dimensions: {tuple(shape)}"
-            )
-            continue
-        for axis, size in zip(axes, shape, strict=True):
-            if sizes.setdefault(axis, size) != size:
-                problems.append(
-                    f"axis {axis!r} is {size} in operand {i} {write_axes(axes)!r} but {sizes[axis]} in an earlier one"
-                )
-    if problems:
-        raise PatternError(report(f"einsum({pattern!r})", problems, "give each axis one size, in every operand"))
+    return (
+        len(operands) == len(given)
+        and isinstance(given[0][1], torch.dtype)  # numpy's arrays have their own
+        and len({kind[1:] for kind in given}) == 1
+        and all(len(axes) == len(shape) for axes, (shape, _, _) in zip(operands, given, strict=True))
+        and all(
+            sizes.setdefault(axis, n) == n
+            for axes, (shape, _, _) in zip(operands, given, strict=True)
+            for axis, n in zip(axes, shape, strict=True)
+        )
+    )
 
 
-def _check_count(pattern: str, signature: Signature, count: int) -> None:
-    if len(signature.operands) != count:
-        problem = f"the pattern has {len(signature.operands)} operands, the call {count} tensors"
-        raise PatternError(report(f"einsum({pattern!r})", [problem], "give one tensor for each operand, in order"))
+def _check(pattern: str, signature: Signature, tensors: tuple[Any, ...]) -> None:
+    what, operands = f"einsum({pattern!r})", signature.operands
+    if len(operands) != len(tensors):
+        problem = f"the pattern has {len(operands)} operands, the call {len(tensors)} tensors"
+        raise PatternError(report(what, [problem], "give one tensor for each operand, in order"))
+    named = [
+        Operand(f"operand {i} {write_axes(axes)!r}", x, axes)
+        for i, (axes, x) in enumerate(zip(operands, tensors, strict=True))
+    ]
+    check_operands(what, *named, alike=True)

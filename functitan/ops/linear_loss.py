@@ -17,10 +17,11 @@ from functitan.ops.contraction import lift, move
 from functitan.ops.function import Call, apply, hidden_axes
 from functitan.ops.labels import IGNORE, check_labels
 from functitan.ops.linear_loss_op import LINEAR_LOSS, Options, static_of
+from functitan.ops.operands import Operand, check_operands
 from functitan.ops.types import Type, resolve
 from functitan.sharding.context import current
 from functitan.sharding.contraction import Contraction, Term
-from functitan.sharding.layout import check_rank
+from functitan.sharding.mesh import is_size
 from functitan.sharding.steps import Label
 
 
@@ -59,10 +60,13 @@ def linear_cross_entropy(
     axes = _parse(pattern)
     label = Label("linear_cross_entropy", pattern)
     what = f"{label.op}({pattern!r})"
-    for tensor, its, name in ((x, axes.x, "x"), (w, axes.w, "w"), (labels, axes.rows, "labels")):
-        check_rank(its, tuple(tensor.shape), f"{what}, {name}")
-    if chunk is not None and chunk < 1:
-        raise PatternError(report(what, [f"chunk is {chunk}"], "give the number of rows of a chunk, at least 1"))
+    check_operands(
+        what,
+        Operand("x", x, axes.x, "float"), Operand("w", w, axes.w, "float"),
+        Operand("labels", labels, axes.rows, "int64"),
+    )  # fmt: skip
+    if chunk is not None and not is_size(chunk):
+        raise PatternError(report(what, [f"chunk is {chunk!r}"], "give the number of rows of a chunk, at least 1"))
     env = current().on_one_rank((*axes.x, axes.vocab))
     given, rows = labels, Type(axes.rows)
     every = tuple(sorted({hidden for tensor in (x, w, labels) for hidden in hidden_axes(tensor, env)}))

@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 
 from functitan.axes import Axes, parse_axes, parse_signature, write_axes
-from functitan.errors import PatternError, report
+from functitan.errors import PatternError, nearest, report
 from functitan.ops.contraction import lift
 from functitan.ops.function import Call, Hidden, Hiddens, Op, apply, hidden_axes, hide
+from functitan.ops.operands import Operand, check_operands
 from functitan.ops.rows import LookupAxes, put_rows, take_rows
 from functitan.ops.types import Type, check_cotangents, global_sizes, resolve
 from functitan.sharding.choice import Fixed
 from functitan.sharding.context import Env, current
 from functitan.sharding.contraction import Contraction, Term
-from functitan.sharding.layout import Layout, check_rank, local_shape, whole
+from functitan.sharding.layout import Layout, check_leaves, local_shape, whole
+from functitan.sharding.mesh import is_size
 from functitan.sharding.plan import Plan, plan
 from functitan.sharding.steps import Label, run_step
 
@@ -37,9 +39,8 @@ def take(pattern: str, indices: Tensor, table: Tensor) -> Tensor:
     tensor([[4., 5.],
             [0., 1.]])
     """
-    ids, rows, result = _parse(pattern)
-    check_rank(ids, tuple(indices.shape), f"take({pattern!r}), indices")
-    check_rank(rows, tuple(table.shape), f"take({pattern!r}), table")
+    ids, rows, result = _parse(pattern, f"take({pattern!r})")
+    check_operands(f"take({pattern!r})", Operand("indices", indices, ids, "int"), Operand("table", table, rows))
     return _lookup(
         "take", _Types(Type(ids), Type(rows), Type(result)), indices, table, current(), Label("take", pattern), ()
     )
@@ -55,17 +56,18 @@ def select(pattern: str, x: Tensor, index: int | Tensor) -> Tensor:
     tensor([2, 5])
     """
     signature = parse_signature(pattern)
-    if len(signature.operands) == 1 and not isinstance(index, Tensor):
+    if len(signature.operands) == 1 and isinstance(index, int) and not isinstance(index, bool):
         turned = f", {write_axes(signature.operands[0])} -> {write_axes(signature.results[0])}"
     elif len(signature.operands) == 2 and isinstance(index, Tensor):
         rows, ids = map(write_axes, signature.operands)
         turned = f"{ids}, {rows} -> {write_axes(signature.results[0])}"
     else:
-        problem = f"{len(signature.operands)} operands and an index of type {type(index).__name__}"
+        problem = f"the pattern has {len(signature.operands)} operands, and the index is a {type(index).__name__}"
         fix = "write 'batch seq -> batch' for an int, 'batch seq, batch -> batch' for a tensor of indices"
         raise PatternError(report(f"select({pattern!r})", [problem], fix))
-    ids, rows, result = _parse(turned)
-    check_rank(rows, tuple(x.shape), f"select({pattern!r})")
+    ids, rows, result = _parse(turned, f"select({pattern!r})")
+    named = [Operand("index", index, ids, "int")] if isinstance(index, Tensor) else []
+    check_operands(f"select({pattern!r})", Operand("x", x, rows), *named)
     env, label, axes = current(), Label("select", pattern), LookupAxes(ids, rows, result)
     size = global_sizes(axes.table, x, env, label)[axes.looked_up]
     if isinstance(index, Tensor):
@@ -85,7 +87,7 @@ def sizes(pattern: str, x: Tensor) -> dict[str, int]:
     {'batch': 2, 'seq': 3}
     """
     axes = parse_axes(pattern)
-    check_rank(axes, tuple(x.shape), f"sizes({pattern!r})")
+    check_operands(f"sizes({pattern!r})", Operand("x", x, axes))
     return global_sizes(axes, x, current(), Label("sizes", pattern))
 
 
@@ -101,18 +103,27 @@ def iota(pattern: str, axis: str, like: Tensor | None = None, **sizes: int) -> T
             [0, 1, 2]])
     """
     axes, env = parse_axes(pattern), current()
-    problems = [f"axis {axis!r} is not in the pattern"] if axis not in axes else []
+    what = f"iota({pattern!r}, {axis!r})"
+    problems = [f"axis {axis!r} is not in the pattern{nearest(str(axis), axes)}"] if axis not in axes else []
     if like is None:
         problems += [f"axis {name!r} has no size" for name in axes if name not in sizes]
+        problems += [f"{a}={n!r}: a size is a whole number of at least 1" for a, n in sizes.items() if not is_size(n)]
+        problems += [
+            f"{a}={n}: the pattern has no such axis{nearest(a, axes)}" for a, n in sizes.items() if a not in axes
+        ]
+    elif sizes:
+        problems.append(f"both like= and the sizes {sizes} are given")
     if problems:
-        raise PatternError(report(f"iota({pattern!r}, {axis!r})", problems, "give every size by name, or like="))
+        raise PatternError(report(what, problems, "give the size of every axis by name, or like="))
     if like is not None:
-        check_rank(axes, tuple(like.shape), f"iota({pattern!r}, {axis!r})")
+        check_operands(what, Operand("like", like, axes))
+    elif env.mesh is not None and env.rules is not None:
+        check_leaves(what, [("result", pattern, tuple(sizes[a] for a in axes))], env.rules, env.mesh.sizes)
     hidden: Hiddens = () if env.mesh is None or like is None else hidden_axes(like, env, frozenset(axes))
     layout = whole(axes) if env.mesh is None else Type(axes).resolve(hidden, env)
     shape = tuple(sizes[a] for a in axes) if like is None else tuple(like.shape)
     if like is None and env.mesh is not None:
-        shape = local_shape(layout, shape, env.mesh.sizes, f"iota({pattern!r}, {axis!r})")
+        shape = local_shape(layout, shape, env.mesh.sizes)
     place = axes.index(axis)
     start = env.mesh.index(layout.of(axis)) * shape[place] if env.mesh is not None else 0
     row = torch.arange(start, start + shape[place], device=like.device if like is not None else None)
@@ -223,22 +234,24 @@ _LOOKUP = Op("lookup", _run, _vjp, _jvp, _show)
 
 
 @cache
-def _parse(pattern: str) -> tuple[Axes, Axes, Axes]:
+def _parse(pattern: str, what: str) -> tuple[Axes, Axes, Axes]:
     signature = parse_signature(pattern)
     if len(signature.operands) != 2 or len(signature.results) != 1:
         problem = f"{len(signature.operands)} operands and {len(signature.results)} results"
-        raise PatternError(report(f"take({pattern!r})", [problem], "write 'indices, table -> result'"))
+        raise PatternError(report(what, [problem], "write 'indices, table -> result'"))
     (ids, table), (result,) = signature
     gone = [axis for axis in table if axis not in result and axis not in ids]
-    problems = (
-        [] if len(gone) == 1 else [f"{gone} of the table are in neither indices nor result: one axis is looked up"]
-    )
+    problems = [] if len(gone) == 1 else [f"one axis of the table is looked up and goes, not {len(gone)}: {gone}"]
     lost = [axis for axis in ids if axis not in result] + [
         axis for axis in result if axis not in ids and axis not in table
     ]
     problems += [f"axis {axis!r} must be in the result, and come from indices or table" for axis in lost]
     if problems:
-        raise PatternError(
-            report(f"take({pattern!r})", problems, "write as in 'batch seq, vocab embed -> batch seq embed'")
-        )
+        raise PatternError(report(what, problems, _FIX[what.partition("(")[0]]))
     return ids, table, result
+
+
+_FIX = {
+    "take": "write as in 'batch seq, vocab embed -> batch seq embed'",
+    "select": "write as in 'batch seq embed -> batch embed': the axis that goes is the one that is looked up",
+}

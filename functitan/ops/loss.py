@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from functitan.axes import Axes, parse_axes, parse_signature, write_axes
+from functitan.axes import Axes, parse_operands, parse_signature, write_axes
 from functitan.errors import PatternError, report
 from functitan.ops.contraction import contract, lift, move
 from functitan.ops.function import Call, Hidden, Op, apply, hidden_axes
 from functitan.ops.labels import IGNORE, check_labels, own_labels, poisoned
 from functitan.ops.local import product
+from functitan.ops.operands import Operand, check_operands
 from functitan.ops.types import Type, check_cotangents, resolve
 from functitan.sharding.context import Env, current
 from functitan.sharding.contraction import Contraction, Term
-from functitan.sharding.layout import Layout, check_rank
+from functitan.sharding.layout import Layout
 from functitan.sharding.moves import Step
 from functitan.sharding.steps import Label, run_step
 
@@ -38,8 +39,8 @@ def cross_entropy(pattern: str, logits: Tensor, labels: Tensor, *, ignore_index:
     tensor([1.3863, 0.0000])
     """
     axes, rows, result, vocab = _parse(pattern)
-    check_rank(axes, tuple(logits.shape), f"cross_entropy({pattern!r}), logits")
-    check_rank(rows, tuple(labels.shape), f"cross_entropy({pattern!r}), labels")
+    given = Operand("logits", logits, axes, "float"), Operand("labels", labels, rows, "int64")
+    check_operands(f"cross_entropy({pattern!r})", *given)
     env, label = current(), Label("cross_entropy", pattern)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if env.mesh is not None:
@@ -196,11 +197,10 @@ _CROSS_ENTROPY = Op("cross_entropy", _run, _vjp, _jvp, _show, saves_results=True
 
 @cache
 def _parse(pattern: str) -> tuple[Axes, Axes, Axes, str]:
-    if "->" in pattern:
-        signature = parse_signature(pattern)
-        operands, results = signature
+    if isinstance(pattern, str) and "->" in pattern:
+        operands, results = parse_signature(pattern)
     else:
-        operands = tuple(parse_axes(part.strip()) for part in pattern.split(","))
+        operands = parse_operands(pattern)
         results = operands[1:]
     problems = []
     if len(operands) != 2 or len(results) != 1:

@@ -14,13 +14,15 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from functitan import tree
 from functitan.axes import Axes, parse_axes, parse_signature, write_axes
-from functitan.errors import LayoutError, MeshError, PatternError, report
+from functitan.errors import MeshError, PatternError, report
 from functitan.ops.contraction import move
+from functitan.ops.operands import Operand, check_operands
 from functitan.ops.types import Type, layout_here
+from functitan.param import Param
 from functitan.sharding.context import Env, as_mesh, current
-from functitan.sharding.layout import Layout, axes_of, block_of, check_rank, divisibility, layout_of, table_of, whole
+from functitan.sharding.layout import Layout, axes_of, block_of, check_leaves, global_shape, table_of, whole
 from functitan.sharding.mesh import Mesh
-from functitan.sharding.rules import AxisRules, check_rules
+from functitan.sharding.rules import AxisRules
 from functitan.sharding.steps import Label
 
 
@@ -34,7 +36,7 @@ def constrain(pattern: str, x: Tensor) -> Tensor:
     torch.Size([2, 3])
     """
     axes, names = _parse(pattern)
-    check_rank(axes, tuple(x.shape), f"constrain({pattern!r})")
+    check_operands(f"constrain({pattern!r})", Operand("x", x, axes))
     env = current()
     if env.mesh is None:
         return x
@@ -52,7 +54,7 @@ def where_whole(pattern: str, axis: str, fn: Callable[[Tensor], Tensor], x: Tens
     tensor([[2, 1]])
     """
     axes, env = parse_axes(pattern), current()
-    check_rank(axes, tuple(x.shape), f"where_whole({pattern!r})")
+    check_operands(f"where_whole({pattern!r})", Operand("x", x, axes))
     if env.mesh is None:
         return fn(x)
     label, own = Label("where_whole", pattern), Type(axes)
@@ -71,8 +73,9 @@ def constrain_like(pattern: str, x: Tensor, like_pattern: str, like: Tensor) -> 
     tensor([0, 1, 2])
     """
     axes, others, env = parse_axes(pattern), parse_axes(like_pattern), current()
-    check_rank(axes, tuple(x.shape), f"constrain_like({pattern!r})")
-    check_rank(others, tuple(like.shape), f"constrain_like({like_pattern!r})")
+    what = f"constrain_like({pattern!r}, {like_pattern!r})"
+    check_operands(what, Operand("x", x, axes))  # apart: of one axis each may have a layout of its own
+    check_operands(what, Operand("like", like, others))
     if env.mesh is None:
         return x
     layout = layout_here(others, like, env)
@@ -87,9 +90,8 @@ def reshard(values: tree.Tree, patterns: tree.Tree, *, to_rules: AxisRules) -> t
     env = current()
     if env.mesh is None:
         return values
-    check_rules(to_rules, env.mesh.sizes)
     assert env.rules is not None
-    return _moved(values, patterns, env, env.rules, to_rules, "reshard")
+    return _moved(values, patterns, env, env.rules, _table(to_rules, "ft.reshard, to_rules"), "reshard")
 
 
 def shard(
@@ -104,15 +106,7 @@ def shard(
     if known is None:
         return values
     leaves, structure = tree.flatten(values)
-    types = _types(values, patterns, rules, "ft.shard")
-    layouts = [layout_of(t.axes, _table(t.rules), known.sizes) if t is not None else None for t in types]
-    problems = []
-    for path, x, layout in zip(tree.paths(values), leaves, layouts, strict=True):
-        if layout is not None:
-            check_rank(layout.axes, tuple(x.shape), path)
-            problems += divisibility(layout, tuple(x.shape), known.sizes, path)
-    if problems:
-        raise LayoutError(report("ft.shard", problems, "change the sizes, the mesh, or the rules of those axes"))
+    layouts = check_leaves("ft.shard", _leaves(values, patterns, "ft.shard"), _table(rules, "ft.shard"), known.sizes)
     return tree.unflatten(
         structure,
         [
@@ -129,37 +123,52 @@ def unshard(
     known = as_mesh(mesh)
     if known is None:
         return values
-    env = current()._replace(mesh=known, rules=_table(rules))
-    return _moved(values, patterns, env, _table(rules), None, "unshard")
+    table = _table(rules, "ft.unshard")
+    return _moved(values, patterns, current()._replace(mesh=known, rules=table), table, None, "unshard")
 
 
 def _moved(
     values: tree.Tree, patterns: tree.Tree, env: Env, rules: AxisRules, to: AxisRules | None, op: str
 ) -> tree.Tree:
+    assert env.mesh is not None
     leaves, structure = tree.flatten(values)
+    known, mesh = _leaves(values, patterns, f"ft.{op}"), env.mesh.sizes
+    layouts = check_leaves(f"ft.{op}", known, rules, mesh, shapes_are_local=True)
+    if to is not None:
+        shapes = [
+            s if now is None else global_shape(now, s, mesh) for now, (_, _, s) in zip(layouts, known, strict=True)
+        ]
+        names = [None if now is None else write_axes(now.axes) for now in layouts]  # a declaration's table ends here
+        check_leaves(f"ft.{op}", zip(tree.paths(values), names, shapes, strict=True), to, mesh)
     moved = []
-    for x, now in zip(leaves, _types(values, patterns, rules, f"ft.{op}"), strict=True):
-        if now is None:
+    for x, (_, pattern, _) in zip(leaves, known, strict=True):
+        axes = axes_of(pattern)
+        if axes is None:
             moved.append(x)
             continue
-        axes = now.axes
-        check_rank(axes, tuple(x.shape), f"ft.{op}")
+        now = Type(axes, rules=table_of(pattern, rules))
         goal = Type(axes, layout=whole(axes)) if to is None else Type(axes, rules=to)
         moved.append(move(now, goal, x, env, Label(op, write_axes(axes))))
     return tree.unflatten(structure, moved)
 
 
-def _types(values: tree.Tree, patterns: tree.Tree, rules: AxisRules | None, what: str) -> list[Type | None]:
-    """The type of each leaf, from a tree or prefix of patterns, `Param`s (each under its own rules) and `None`."""
-    given = tree.broadcast_prefix(patterns, values, what)
-    return [None if (axes := axes_of(p)) is None else Type(axes, rules=table_of(p, rules)) for p in given]
+def _leaves(values: tree.Tree, patterns: tree.Tree, what: str) -> list[tuple[str, str | Param | None, tuple[int, ...]]]:
+    """(path, pattern, shape) of each leaf, from a tree or prefix of patterns, `Param`s and `None`."""
+    leaves, paths, given = tree.leaves(values), tree.paths(values), tree.broadcast_prefix(patterns, values, what)
+    bad = [
+        f"{path or 'the value'} is a {type(x).__name__}, not a tensor"
+        for path, x, pattern in zip(paths, leaves, given, strict=True)
+        if pattern is not None and not isinstance(x, Tensor)
+    ]
+    if bad:
+        raise PatternError(report(what, bad, "None in place of a pattern passes a leaf as it is"))
+    shapes = [() if pattern is None else tuple(x.shape) for x, pattern in zip(leaves, given, strict=True)]
+    return list(zip(paths, given, shapes, strict=True))
 
 
-def _table(rules: AxisRules | None) -> AxisRules:
+def _table(rules: AxisRules | None, what: str) -> AxisRules:
     if not isinstance(rules, AxisRules):
-        raise MeshError(
-            report("sharding on a mesh", [f"rules is {rules!r}"], "give a table: rules=ft.AxisRules({...})")
-        )
+        raise MeshError(report(what, [f"rules is {rules!r}"], "give a table: ft.AxisRules({...})"))
     return rules
 
 
@@ -167,7 +176,13 @@ def _table(rules: AxisRules | None) -> AxisRules:
 def _parse(pattern: str) -> tuple[Axes, Axes]:
     signature = parse_signature(pattern)
     (axes, *more), (names, *others) = signature
+    problems = [
+        f"axis {a!r} stands in another place" for i, a in enumerate(names) if a in axes and axes[i : i + 1] != (a,)
+    ]
     if more or others or len(axes) != len(names):
-        problem = f"constrain renames the axes of one tensor, one for one; this has {signature}"
-        raise PatternError(report(f"constrain({pattern!r})", [problem], "write as in 'batch seq -> batch whole_seq'"))
+        sides = " and ".join(f"{len(side)} patterns of {sum(map(len, side))} axes" for side in signature)
+        problems = [f"{sides}: it renames the axes of one tensor, one for one"]
+    if problems:
+        fix = "write as in 'batch seq -> batch whole_seq'; ft.einsum('batch seq -> seq batch', x) permutes"
+        raise PatternError(report(f"constrain({pattern!r})", problems, fix))
     return axes, names

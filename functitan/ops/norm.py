@@ -6,18 +6,20 @@ named reductions. Scale and bias are named ops, so that their gradients are summ
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from functitan.axes import Axes, parse_axes, write_axes
+from functitan.axes import Axes, parse_operands, write_axes
 from functitan.errors import PatternError, report
 from functitan.ops.contraction import lift
 from functitan.ops.function import vmaps_around
+from functitan.ops.operands import Operand, check_operands
 from functitan.ops.reduce import broadcast, reduce
 from functitan.ops.types import Type, layout_here
 from functitan.sharding.context import current
-from functitan.sharding.layout import check_rank
 from functitan.sharding.steps import Label
 
 
@@ -30,7 +32,7 @@ def rms_norm(pattern: str, x: Tensor, scale: Tensor, *, eps: float = 1e-5) -> Te
     >>> rms_norm("batch embed, embed", torch.tensor([[3.0, 4.0]]), torch.ones(2), eps=0.0)
     tensor([[0.8485, 1.1314]])
     """
-    axes, own = _parse("rms_norm", pattern, x, scale)
+    axes, own = _checked("rms_norm", pattern, x, eps, scale=scale)
     x = _lifted("rms_norm", pattern, axes, x)
     if _holds_rows(axes, own, x):
         if current().mesh is None:
@@ -53,7 +55,7 @@ def layer_norm(pattern: str, x: Tensor, scale: Tensor, bias: Tensor | None = Non
     >>> layer_norm("batch embed, embed", torch.tensor([[3.0, 5.0]]), torch.ones(2), torch.tensor([0.0, 1.0]), eps=0.0)
     tensor([[-1.,  2.]])
     """
-    axes, own = _parse("layer_norm", pattern, x, scale, bias)
+    axes, own = _checked("layer_norm", pattern, x, eps, scale=scale, bias=bias)
     x = _lifted("layer_norm", pattern, axes, x)
     if _holds_rows(axes, own, x):
         if current().mesh is None:
@@ -97,19 +99,27 @@ def _rows(axes: Axes, own: str) -> str:
     return write_axes(tuple(axis for axis in axes if axis != own))
 
 
-def _parse(op: str, pattern: str, x: Tensor, scale: Tensor, bias: Tensor | None = None) -> tuple[Axes, str]:
-    """The axes of x, and the one of scale and bias; raises `PatternError`."""
-    where = f"{op}({pattern!r})"
-    parts = [parse_axes(part.strip()) for part in pattern.split(",")]
-    if len(parts) != 2:
-        raise PatternError(report(where, [f"{len(parts)} patterns: one of x, one of what scales it"], _FIX))
-    axes, own = parts
-    if len(own) != 1 or own[0] not in axes:
-        raise PatternError(report(where, [f"scale {write_axes(own)!r} must be one axis of {write_axes(axes)!r}"], _FIX))
-    for y, its, name in ((x, axes, "x"), (scale, own, "scale"), (bias, own, "bias")):
-        if y is not None:
-            check_rank(its, tuple(y.shape), f"{where}, {name}")
+def _checked(op: str, pattern: str, x: Tensor, eps: float, **others: Tensor | None) -> tuple[Axes, str]:
+    """The axes of x, and the one of what scales or shifts it; raises `PatternError`."""
+    what, (axes, own) = f"{op}({pattern!r})", _parse(op, pattern)
+    named = [Operand(name, y, own, "float") for name, y in others.items() if y is not None]
+    check_operands(what, Operand("x", x, axes, "float"), *named)
+    if not eps >= 0:
+        raise PatternError(report(what, [f"eps is {eps}"], "give a number of at least 0"))
     return axes, own[0]
+
+
+@cache
+def _parse(op: str, pattern: str) -> tuple[Axes, Axes]:
+    operands = parse_operands(pattern)
+    if len(operands) != 2:
+        problems = [f"{len(operands)} patterns: one of x, one of the scale"]
+    else:
+        axes, own = operands
+        problems = [f"scale {write_axes(own)!r} must be one axis of {write_axes(axes)!r}"]
+        if len(own) == 1 and own[0] in axes:
+            return axes, own
+    raise PatternError(report(f"{op}({pattern!r})", problems, _FIX))
 
 
 _FIX = "write 'batch seq embed, embed'"

@@ -17,10 +17,11 @@ from functitan.errors import PatternError, nearest, report
 from functitan.ops.contraction import contract, lift
 from functitan.ops.function import vmaps_around
 from functitan.ops.local import product
+from functitan.ops.operands import Operand, check_operands
 from functitan.ops.types import Type, global_sizes, resolve
 from functitan.sharding.context import Env, current
 from functitan.sharding.contraction import Contraction, Term
-from functitan.sharding.layout import check_rank
+from functitan.sharding.mesh import is_size
 from functitan.sharding.steps import Label
 
 _OPS = ("sum", "mean", "max", "logsumexp")
@@ -39,9 +40,9 @@ def reduce(pattern: str, x: Tensor, op: str = "sum") -> Tensor:
     axes, result = _parse(pattern, "reduce")
     if op not in _OPS:
         raise PatternError(
-            report(f"reduce({pattern!r})", [f"op {op!r}{nearest(op, _OPS)}"], f"use one of {list(_OPS)}")
+            report(f"reduce({pattern!r})", [f"unknown op {op!r}{nearest(str(op), _OPS)}"], f"use one of {list(_OPS)}")
         )
-    check_rank(axes, tuple(x.shape), f"reduce({pattern!r})")
+    check_operands(f"reduce({pattern!r}, op={op!r})", Operand("x", x, axes, "any" if op == "sum" else "float"))
     env, label = current(), Label("reduce", pattern)
     if op == "sum":
         return _sum(axes, result, x, env, label)
@@ -62,28 +63,21 @@ def broadcast(pattern: str, x: Tensor, **sizes: int) -> Tensor:
     (torch.Size([1, 3]), torch.Size([2, 3]))
     """
     axes, result = _parse(pattern, "broadcast")
-    check_rank(axes, tuple(x.shape), f"broadcast({pattern!r})")
+    check_operands(f"broadcast({pattern!r})", Operand("x", x, axes))
     env, label = current(), Label("broadcast", pattern)
     new = tuple(axis for axis in result if axis not in axes)
     problems = [f"axis {axis!r} of the operand is not in the result" for axis in axes if axis not in result]
-    problems += [f"a size is given for {axis!r}, which is not a new axis: {new}" for axis in sizes if axis not in new]
+    problems += [f"{axis}={sizes[axis]}: the new axes are {list(new)}" for axis in sizes if axis not in new]
+    problems += [f"{axis}={n!r}: a size is a whole number of at least 1" for axis, n in sizes.items() if not is_size(n)]
     if problems:
-        raise PatternError(
-            report(f"broadcast({pattern!r})", problems, "ft.reduce takes axes away, ft.broadcast adds them")
-        )
+        fix = "ft.broadcast gives new axes, and sizes to these alone; ft.reduce takes axes away"
+        raise PatternError(report(f"broadcast({pattern!r})", problems, fix))
     if env.mesh is None:
         return product((axes,), result, (x,), tuple((axis, sizes.get(axis, 1)) for axis in new))
     x = lift(Type(axes), x, vmaps_around(env), env, label)  # it will meet tensors of each example
     typed = _contraction(axes, result)
     (layout,) = resolve(typed._replace(sizes=tuple((axis, 0) for axis in new)), (x,), env, label)[0].results
     known = tuple((axis, sizes.get(axis, env.mesh.sizes.size(layout.of(axis)))) for axis in new)
-    bad = [
-        f"axis {axis!r} of size {size} is not divisible by {layout.of(axis)}"
-        for axis, size in known
-        if size % env.mesh.sizes.size(layout.of(axis))
-    ]
-    if bad:
-        raise PatternError(report(f"broadcast({pattern!r})", bad, "give a size that the mesh dims divide, or none"))
     return contract(typed._replace(sizes=known), (x,), env, label)[0]
 
 

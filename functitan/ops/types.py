@@ -15,7 +15,7 @@ from functitan.errors import LayoutError, PatternError, RulesError, report
 from functitan.ops.function import Hidden, Hiddens, hidden_axes
 from functitan.sharding.context import Env
 from functitan.sharding.contraction import Contraction, Term
-from functitan.sharding.layout import FIX_RULE, Layout, layout_of
+from functitan.sharding.layout import FIX_RULE, FIX_SIZES, Layout, divisibility, layout_of
 from functitan.sharding.rules import AxisRules, unknown_names
 from functitan.sharding.steps import Label
 
@@ -92,6 +92,7 @@ def resolve(
         raise
     shapes = [tuple(h.size for h in own) + tuple(x.shape) for x, own in zip(tensors, hidden, strict=True)]
     sizes = _global_sizes(operands, shapes, dict(typed.sizes), env, label)
+    _check_divides(results, sizes, env, label)
     return Contraction(operands, results, typed.terms, tuple(sizes.items())), (tuple(hidden), tuple(of_results))
 
 
@@ -119,6 +120,18 @@ def _check_names(typed: Contraction, env: Env, label: Label) -> None:
     problems = [problem for names, rules in asked.items() for problem in unknown_names(names, rules)]
     if problems:
         raise RulesError(report(f"{label.op}({label.pattern!r})", problems, FIX_RULE))
+
+
+def _check_divides(results: tuple[Layout, ...], sizes: dict[str, int], env: Env, label: Label) -> None:
+    assert env.mesh is not None
+    mesh, problems = env.mesh.sizes, []
+    for layout in results:
+        if any(
+            dims and sizes.get(axis, 0) % mesh.size(dims) for axis, dims in zip(layout.axes, layout.dims, strict=True)
+        ):
+            problems += divisibility(layout, tuple(sizes[axis] for axis in layout.axes), mesh, "result")
+    if problems:
+        raise LayoutError(report(f"{label.op}({label.pattern!r})", problems, FIX_SIZES))
 
 
 def _global_sizes(

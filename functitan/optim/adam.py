@@ -13,7 +13,7 @@ from functitan import tree
 from functitan.errors import FunctitanError, report
 from functitan.optim.kernels import adam_, owned
 from functitan.optim.schedules import Schedule
-from functitan.optim.state import aligned, scalar_beside, zeros_beside
+from functitan.optim.state import aligned, check_state, scalar_beside, zeros_beside
 from functitan.optim.transform import (
     GradientTransformation,
     Mask,
@@ -69,6 +69,7 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Grad
         return AdamState(scalar_beside(params, torch.int64), zeros_beside(params), zeros_beside(params))
 
     def update(updates, state, params=None, patterns=None, donate=False):
+        check_state("scale_by_adam", state, AdamState)
         grads, *moments = aligned("scale_by_adam", updates, mu=state.mu, nu=state.nu)
         grads, (mu, nu) = owned(grads, donate), (owned(xs, donate) for xs in moments)
         count = state.count + 1

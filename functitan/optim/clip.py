@@ -64,5 +64,5 @@ def clip_by_block_rms(threshold: float) -> GradientTransformation:
 
 
 def _check(what: str, name: str, value: float) -> None:
-    if not value > 0:
-        raise FunctitanError(report(what, [f"{name} is {value}"], "give a positive number"))
+    if not isinstance(value, (int, float)) or not value > 0:
+        raise FunctitanError(report(what, [f"{name} is {value!r}"], "give a positive number"))

@@ -18,7 +18,7 @@ from functitan.errors import FunctitanError, report
 from functitan.ops.reduce import broadcast, reduce
 from functitan.optim.kernels import owned
 from functitan.optim.patterns import Leaf, leaves_of, named_axes
-from functitan.optim.state import described, scalar_beside
+from functitan.optim.state import check_state, described, scalar_beside
 from functitan.optim.transform import GradientTransformation
 from functitan.param import Param, zeros
 from functitan.sharding.context import current, using
@@ -55,6 +55,7 @@ def scale_by_factored_rms(beta2_decay: float = -0.8, eps: float | None = None) -
         return FactoredState(scalar_beside(params, torch.int64), *parts)
 
     def update(updates, state, params=None, patterns=None, donate=False):
+        check_state("scale_by_factored_rms", state, FactoredState)
         env = current()._replace(phase="update")
         known = leaves_of("scale_by_factored_rms", updates, patterns, env)
         leaves, structure = tree.flatten(updates)

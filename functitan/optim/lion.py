@@ -11,7 +11,7 @@ from functitan import tree
 from functitan.errors import FunctitanError, report
 from functitan.optim.kernels import lion_, owned
 from functitan.optim.schedules import Schedule
-from functitan.optim.state import aligned, zeros_beside
+from functitan.optim.state import aligned, check_state, zeros_beside
 from functitan.optim.transform import (
     GradientTransformation,
     Mask,
@@ -56,6 +56,7 @@ def scale_by_lion(b1: float = 0.9, b2: float = 0.99) -> GradientTransformation:
         raise FunctitanError(report("scale_by_lion", problems, "usual are b1=0.9, b2=0.99"))
 
     def update(updates, state, params=None, patterns=None, donate=False):
+        check_state("scale_by_lion", state, LionState)
         grads, mu = aligned("scale_by_lion", updates, mu=state.mu)
         grads, mu = owned(grads, donate), owned(mu, donate)
         lion_(grads, mu, b1, b2)

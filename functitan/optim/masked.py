@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from functitan import tree
 from functitan.errors import FunctitanError, nearest, report
 from functitan.optim.kernels import owned
-from functitan.optim.transform import GradientTransformation, Mask, State, chosen_by
+from functitan.optim.transform import GradientTransformation, Mask, State, check_transformations, chosen_by
 
 
 def masked(transformation: GradientTransformation, mask: Mask) -> GradientTransformation:
@@ -27,6 +27,7 @@ def masked(transformation: GradientTransformation, mask: Mask) -> GradientTransf
     >>> tx.update({"a": torch.ones(1), "b": torch.ones(1)}, ())[0]
     {'a': tensor([2.]), 'b': tensor([1.])}
     """
+    check_transformations("masked", {"transformation": transformation})
 
     def init(params: tree.Tree) -> State:
         mine = chosen_by(mask, params, None)
@@ -64,6 +65,7 @@ def multi_transform(
     >>> tx.update(grads, tx.init(grads))[0]
     {'norm': {'scale': tensor([0.5000])}, 'w': tensor([2.])}
     """
+    check_transformations("multi_transform", transformations)
     bad = [
         f"{glob!r}: {label!r}{nearest(label, transformations)} is none of {list(transformations)}"
         for glob, label in labels.items()

@@ -21,7 +21,7 @@ from functitan.optim.matrices import Matrices, Matrix, as_matrices, parse_matric
 from functitan.optim.patterns import Leaf, leaves_of, named_axes
 from functitan.optim.schedules import Schedule
 from functitan.optim.sgd import MomentumState
-from functitan.optim.state import aligned, zeros_beside
+from functitan.optim.state import aligned, check_state, zeros_beside
 from functitan.optim.transform import (
     GradientTransformation,
     Mask,
@@ -96,6 +96,7 @@ def scale_by_muon(
         return MomentumState(zeros_beside(params))
 
     def update(updates, state, params=None, patterns=None, donate=False):
+        check_state("scale_by_muon", state, MomentumState)
         grads, moments = aligned("scale_by_muon", updates, momentum=state.momentum)
         known = leaves_of("scale_by_muon", updates, patterns, current()._replace(phase="update"))
         views = as_matrices("scale_by_muon", table, ((leaf.path, leaf.axes) for leaf in known))

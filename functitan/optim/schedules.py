@@ -29,7 +29,7 @@ def linear(start: float, end: float, steps: int) -> Schedule:
     >>> linear(1.0, 0.0, 4)(1), linear(1.0, 0.0, 4)(9)
     (0.75, 0.0)
     """
-    _check("linear", {"steps": steps})
+    _check("linear", steps=(steps, 1))
     return _schedule(lambda step: start + (end - start) * _part(step, steps))
 
 
@@ -41,7 +41,7 @@ def cosine(peak: float, total_steps: int, end: float = 0.0) -> Schedule:
     >>> cosine(1.0, 4, end=0.5)(2)
     0.75
     """
-    _check("cosine", {"total_steps": total_steps})
+    _check("cosine", total_steps=(total_steps, 1))
     return _schedule(lambda step: end + (peak - end) * 0.5 * (1 + torch.cos(math.pi * _part(step, total_steps))))
 
 
@@ -51,10 +51,10 @@ def warmup_cosine(peak: float, warmup_steps: int, total_steps: int, end: float =
     >>> [warmup_cosine(1.0, 2, 6)(step) for step in (0, 1, 2, 4, 6)]
     [0.0, 0.5, 1.0, 0.5, 0.0]
     """
-    _check(
-        "warmup_cosine",
-        {"total_steps - warmup_steps": total_steps - warmup_steps, "warmup_steps + 1": warmup_steps + 1},
-    )
+    _check("warmup_cosine", warmup_steps=(warmup_steps, 0), total_steps=(total_steps, 1))
+    if warmup_steps >= total_steps:
+        problem = f"warmup_steps is {warmup_steps} and total_steps {total_steps}: nothing is left to fall in"
+        raise FunctitanError(report("warmup_cosine", [problem], "let the warmup be a part of all steps"))
     fall = cosine(peak, total_steps - warmup_steps, end)
     return _schedule(
         lambda step: torch.where(step < warmup_steps, peak * step / max(warmup_steps, 1), fall(step - warmup_steps))
@@ -69,7 +69,7 @@ def warmup_stable_decay(peak: float, warmup: int, stable: int, decay: int, end: 
     >>> [warmup_stable_decay(1.0, 2, 2, 4)(step) for step in (0, 1, 2, 4, 6, 9)]
     [0.0, 0.5, 1.0, 1.0, 0.5, 0.0]
     """
-    _check("warmup_stable_decay", {"warmup + 1": warmup + 1, "stable + 1": stable + 1, "decay": decay})
+    _check("warmup_stable_decay", warmup=(warmup, 0), stable=(stable, 0), decay=(decay, 1))
     rise, fall = linear(0.0, peak, max(warmup, 1)), linear(peak, end, decay)
     return _schedule(lambda step: torch.where(step < warmup, rise(step), fall(step - warmup - stable)))
 
@@ -80,7 +80,10 @@ def piecewise(factors: Mapping[int, float], init: float) -> Schedule:
     >>> [piecewise({2: 0.5, 5: 0.5}, 1.0)(step) for step in (0, 1, 2, 4, 5)]
     [1.0, 1.0, 0.5, 0.5, 0.25]
     """
-    _check("piecewise", {f"step {step} + 1": step + 1 for step in factors})
+    if not isinstance(factors, Mapping):
+        problem = f"factors is a {type(factors).__name__}, not a dict from steps to factors"
+        raise FunctitanError(report("piecewise", [problem], "write as in piecewise({1000: 0.1, 2000: 0.1}, 3e-4)"))
+    _check("piecewise", **{f"step {step!r}": (step, 0) for step in factors})
 
     def at(step: Tensor) -> Tensor:
         value = torch.full_like(step, init)
@@ -104,7 +107,11 @@ def _part(step: Tensor, steps: int) -> Tensor:
     return (step / steps).clamp(0.0, 1.0)
 
 
-def _check(name: str, counts: dict[str, int]) -> None:
-    problems = [f"{what} is {count}: it must be at least 1" for what, count in counts.items() if count < 1]
+def _check(name: str, **counts: tuple[Any, int]) -> None:
+    problems = [
+        f"{what} is {count!r}: it must be a whole number of at least {least}"
+        for what, (count, least) in counts.items()
+        if type(count) is not int or count < least
+    ]
     if problems:
         raise FunctitanError(report(name, problems, "count optimizer steps, as in warmup_cosine(3e-4, 100, 10_000)"))

@@ -11,7 +11,7 @@ from functitan import tree
 from functitan.errors import FunctitanError, report
 from functitan.optim.kernels import add_, copy_, owned, scale_
 from functitan.optim.schedules import Schedule
-from functitan.optim.state import aligned, zeros_beside
+from functitan.optim.state import aligned, check_number, check_state, zeros_beside
 from functitan.optim.transform import GradientTransformation, chain, scale_by_learning_rate
 
 
@@ -42,8 +42,10 @@ def scale_by_momentum(decay: float, nesterov: bool = False) -> GradientTransform
 
     Sutskever et al., On the importance of initialization and momentum in deep learning, 2013.
     """
+    check_number("scale_by_momentum", "decay", decay, below=1.0)
 
     def update(updates, state, params=None, patterns=None, donate=False):
+        check_state("scale_by_momentum", state, MomentumState)
         grads, momentum = aligned("scale_by_momentum", updates, momentum=state.momentum)
         grads, momentum = owned(grads, donate), owned(momentum, donate)
         scale_(momentum, decay)

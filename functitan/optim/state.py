@@ -6,6 +6,7 @@ of tensors with their dtype and device.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -47,7 +48,7 @@ def aligned(what: str, updates: tree.Tree, **others: tree.Tree) -> tuple[list[Te
         its, its_structure = tree.flatten(other)
         found.append(its)
         if its_structure != structure:
-            problems.append(f"updates and {name} have different structures: {structure} and {its_structure}")
+            problems += tree.mismatches(updates, other, "updates", name)
             continue
         for i, (x, y) in enumerate(zip(leaves, its, strict=True)):
             if x.shape != y.shape or x.dtype != y.dtype:
@@ -56,6 +57,19 @@ def aligned(what: str, updates: tree.Tree, **others: tree.Tree) -> tuple[list[Te
     if problems:
         raise FunctitanError(report(what, problems, _FIX_ALIGN))
     return tuple(found)
+
+
+def check_state(what: str, state: Any, kind: type) -> None:
+    """Raise `FunctitanError` for the state of another transformation."""
+    if not isinstance(state, kind):
+        problem = f"the state is a {type(state).__name__}, not {kind.__name__}"
+        raise FunctitanError(report(what, [problem], "give the state that tx.init(params) or tx.update made"))
+
+
+def check_number(what: str, name: str, value: Any, low: float = 0.0, below: float = math.inf) -> None:
+    """Raise `FunctitanError` unless a number lies in [low, below)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < below:
+        raise FunctitanError(report(what, [f"{name} is {value!r}"], f"give a number in [{low:g}, {below:g})"))
 
 
 def _zeros(leaf: Param | Tensor) -> Param | Tensor:

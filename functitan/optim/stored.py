@@ -12,7 +12,7 @@ from torch import Tensor
 from functitan import tree
 from functitan.ops.move import reshard
 from functitan.optim.patterns import leaves_of
-from functitan.optim.transform import GradientTransformation, State
+from functitan.optim.transform import GradientTransformation, State, check_transformations
 from functitan.param import Param
 from functitan.sharding.context import current, using
 from functitan.sharding.rules import AxisRules
@@ -39,6 +39,7 @@ def stored(
     >>> tx.init(declared)[0].mu["w"].rules
     AxisRules({'batch': 'dp', 'embed': 'dp', 'mlp': None})
     """
+    check_transformations("stored", {"transformation": transformation})
 
     def init(params: tree.Tree) -> State:
         return tree.map(lambda x: _under(rules, x), transformation.init(params))

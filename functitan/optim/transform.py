@@ -6,7 +6,7 @@ bits are the same either way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from functitan.axes import parse_axes
 from functitan.errors import FunctitanError, report
 from functitan.optim.kernels import add_, owned, scale_
 from functitan.optim.schedules import Schedule
-from functitan.optim.state import aligned, scalar_beside
+from functitan.optim.state import aligned, check_number, check_state, scalar_beside
 from functitan.param import Param
 
 State = Any
@@ -56,18 +56,15 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
     >>> tx.update({"w": torch.ones(2)}, tx.init({"w": torch.ones(2)}))
     ({'w': tensor([-1., -1.])}, ((), ()))
     """
-    bad = [f"{i} is {tx!r}" for i, tx in enumerate(transformations) if not isinstance(tx, GradientTransformation)]
-    if bad:
-        raise FunctitanError(
-            report("chain", bad, "give gradient transformations: chain(clip_by_global_norm(1.0), ...)")
-        )
+    check_transformations("chain", dict(enumerate(transformations)))
 
     def init(params: tree.Tree) -> State:
         return tuple(tx.init(params) for tx in transformations)
 
     def update(updates, state, params=None, patterns=None, donate=False):
         if not isinstance(state, tuple) or len(state) != len(transformations):
-            problem = f"the state is a {type(state).__name__}, not a tuple of {len(transformations)}"
+            found = f"tuple of {len(state)}" if type(state) is tuple else type(state).__name__
+            problem = f"the state is a {found}, not a tuple of {len(transformations)}"
             raise FunctitanError(report("chain", [problem], "give the state that tx.init(params) or tx.update made"))
         states = []
         for tx, its in zip(transformations, state, strict=True):
@@ -103,6 +100,7 @@ def scale(factor: float | Schedule) -> GradientTransformation:
         return ScheduleState(scalar_beside(params, torch.int64))
 
     def update(updates, state, params=None, patterns=None, donate=False):
+        check_state("scale", state, ScheduleState)
         return _scaled(updates, factor(state.count), donate), ScheduleState(state.count + 1)
 
     return GradientTransformation(init, update)
@@ -110,6 +108,8 @@ def scale(factor: float | Schedule) -> GradientTransformation:
 
 def scale_by_learning_rate(learning_rate: float | Schedule) -> GradientTransformation:
     """Multiplies updates by minus the learning rate: a number, or a schedule of the number of steps taken before."""
+    if not callable(learning_rate):
+        check_number("scale_by_learning_rate", "learning_rate", learning_rate)
     return scale((lambda step: -learning_rate(step)) if callable(learning_rate) else -learning_rate)
 
 
@@ -125,10 +125,12 @@ def add_decayed_weights(weight_decay: float, mask: Mask | None = None) -> Gradie
     >>> tx.update({"scale": torch.zeros(1), "w": torch.zeros(1, 1)}, (), params)[0]
     {'scale': tensor([0.]), 'w': tensor([[0.1000]])}
     """
+    check_number("add_decayed_weights", "weight_decay", weight_decay)
 
     def update(updates, state, params=None, patterns=None, donate=False):
         if params is None:
-            raise FunctitanError(report("add_decayed_weights", ["params is None"], "tx.update(updates, state, params)"))
+            fix = "give them: tx.update(updates, state, params)"
+            raise FunctitanError(report("add_decayed_weights", ["params is None"], fix))
         changes, weights = aligned("add_decayed_weights", updates, params=params)
         chosen = [i for i, decays in enumerate(chosen_by(mask, params, patterns)) if decays]
         changes = owned(changes, True) if donate else changes  # one that stays may share memory with one that decays
@@ -163,6 +165,17 @@ def chosen_by(mask: Mask | None, params: tree.Tree, patterns: tree.Tree | None) 
     if bad:
         raise FunctitanError(report("mask", bad, "a mask is a tree of bools, or a function (path, pattern) -> bool"))
     return chosen
+
+
+def check_transformations(what: str, given: Mapping[Any, Any]) -> None:
+    """Raise `FunctitanError` that lists what is not a gradient transformation."""
+    bad = [
+        f"{name} is {'a function' if callable(tx) else f'a {type(tx).__name__}'}"
+        for name, tx in given.items()
+        if not isinstance(tx, GradientTransformation)
+    ]
+    if bad:
+        raise FunctitanError(report(what, bad, "give gradient transformations, as ft.optim.adamw(1e-3) makes them"))
 
 
 def _scaled(updates: tree.Tree, factor: float | Tensor, donate: bool) -> tree.Tree:

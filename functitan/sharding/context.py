@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch.distributed.device_mesh import DeviceMesh
 
-from functitan.errors import MeshError, report
+from functitan.errors import MeshError, check_function, report
 from functitan.sharding.distributed import mesh_of
 from functitan.sharding.layout import Layout, layout_of
 from functitan.sharding.ledger import Entry, Ledger, Taps
@@ -105,11 +105,13 @@ def spmd(
     >>> ft.simulate(dp=2)(mean)(torch.arange(8.0).view(4, 2))
     [tensor(3.5000), tensor(3.5000)]
     """
+    check_function(fn, "ft.spmd")
     known = as_mesh(mesh)
-    if known is not None:
+    if rules is not None or known is not None:
         if not isinstance(rules, AxisRules):
             raise MeshError(report("ft.spmd", [f"rules is {rules!r}"], "give a table: rules=ft.AxisRules({...})"))
-        check_rules(rules, known.sizes)
+        if known is not None:
+            check_rules(rules, known.sizes)
 
     @functools.wraps(fn)
     def inside(*args: Any, **kwargs: Any) -> Any:

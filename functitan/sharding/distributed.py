@@ -48,6 +48,7 @@ def make_mesh(
     world = dist.get_world_size() if running else int(os.environ["WORLD_SIZE"]) if started else 1
     checked, limit = infer_sizes(sizes or {"dp": -1}, world), timedelta(seconds=timeout)
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_device(device_type, timeout)
     if not running:
         backend = backend or ("nccl" if device_type == "cuda" else "gloo")
         _check_backend(backend)
@@ -170,6 +171,18 @@ def _meet(start: Callable[[], None], world: int, timeout: float) -> None:
         start()
     except dist.DistError as error:
         raise CollectiveError(_alone(world, timeout, error)) from error
+
+
+def _check_device(device_type: str, timeout: float) -> None:
+    problems = [] if timeout > 0 else [f"timeout is {timeout}: it must be more than 0 seconds"]
+    try:
+        torch.device(device_type)
+    except (RuntimeError, TypeError):
+        problems.append(f"torch has no device {device_type!r}")
+    if problems:
+        raise MeshError(
+            report("ft.make_mesh", problems, "write as in make_mesh(fsdp=2, device_type='cuda', timeout=60)")
+        )
 
 
 def _check_backend(backend: str) -> None:

@@ -18,13 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from functitan import tree
 from functitan.axes import write_axes
-from functitan.errors import LayoutError, MeshError, report
+from functitan.errors import MeshError, PatternError, check_function, report
 from functitan.param import Param
 from functitan.sharding.context import Env, as_mesh, current, using
-from functitan.sharding.layout import Layout, axes_of, check_rank, divisibility, layout_of, local_shape, table_of
+from functitan.sharding.layout import Layout, check_leaves, layout_of, local_shape
 from functitan.sharding.ledger import Ledger
 from functitan.sharding.mesh import Mesh, MeshSizes, Transport, mesh_sizes
-from functitan.sharding.rules import AxisRules, check_rules
+from functitan.sharding.rules import AxisRules
 
 
 def explain(
@@ -52,18 +52,17 @@ def explain(
     sizes = _sizes(mesh)
     if not isinstance(rules, AxisRules):
         raise MeshError(report("ft.explain", [f"rules is {rules!r}"], "give a table: rules=ft.AxisRules({...})"))
-    check_rules(rules, sizes)
-    given = (
-        tuple(patterns)
-        if isinstance(patterns, (tuple, list)) and len(patterns) == len(args)
-        else (patterns,) * len(args)
-    )
+    check_function(fn, "ft.explain")
+    each = isinstance(patterns, (tuple, list)) and len(patterns) == len(args)
+    given = tuple(patterns) if each else (patterns,) * len(args)
+    if type(patterns) is tuple and len(args) > 1 and not each:
+        problem = f"{len(patterns)} patterns for {len(args)} arguments"
+        raise PatternError(report("ft.explain", [problem], "give one for each argument; None for a whole tensor"))
     leaves, structure = tree.flatten(args)
-    layouts = [
-        _layout(leaf, pattern, rules, sizes)
-        for leaf, pattern in zip(leaves, tree.broadcast_prefix(given, args, "ft.explain"), strict=True)
-    ]
-    _check(tree.paths(args), leaves, layouts, sizes)
+    known = [_declared(x, p) for x, p in zip(leaves, tree.broadcast_prefix(given, args, "ft.explain"), strict=True)]
+    shapes = [() if pattern is None else tuple(leaf.shape) for leaf, pattern in zip(leaves, known, strict=True)]
+    names = [f"argument {path}" for path in tree.paths(args)]
+    layouts = check_leaves("ft.explain", zip(names, known, shapes, strict=True), rules, sizes)
     ledger = Ledger(f"one call on {dict(zip(sizes.dims, sizes.sizes, strict=True))}, rank 0")
     env = Env(Mesh(sizes, (0,) * len(sizes.dims), _transport(sizes)), rules, ledger=ledger)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -131,20 +130,9 @@ def _sizes(mesh: Any) -> MeshSizes:
     return known.sizes
 
 
-def _layout(leaf: Any, pattern: Any, rules: AxisRules, sizes: MeshSizes) -> Layout | None:
-    given = leaf if isinstance(leaf, Param) else pattern if isinstance(leaf, Tensor) else None
-    axes = axes_of(given)
-    return None if axes is None else layout_of(axes, table_of(given, rules), sizes)
-
-
-def _check(paths: list[str], leaves: list[Any], layouts: list[Layout | None], sizes: MeshSizes) -> None:
-    problems = []
-    for path, leaf, layout in zip(paths, leaves, layouts, strict=True):
-        if layout is not None:
-            check_rank(layout.axes, tuple(leaf.shape), f"ft.explain, argument {path}")
-            problems += divisibility(layout, tuple(leaf.shape), sizes, f"argument {path}")
-    if problems:
-        raise LayoutError(report("ft.explain", problems, "change the sizes, the mesh, or the rules of those axes"))
+def _declared(leaf: Any, pattern: Any) -> Any:
+    """What says how an argument lies: itself if it is a declaration, the pattern of a tensor, or nothing."""
+    return leaf if isinstance(leaf, Param) else pattern if isinstance(leaf, Tensor) else None
 
 
 def _shard(leaf: Any, layout: Layout | None, sizes: MeshSizes) -> Any:

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from functitan import random, tree
-from functitan.errors import FunctitanError, LayoutError, MeshError, report
+from functitan.errors import FunctitanError, MeshError, report
 from functitan.param import Param
 from functitan.sharding.context import as_mesh
-from functitan.sharding.layout import axes_of, block_of, divisibility, layout_of, table_of
+from functitan.sharding.layout import Layout, block_of, check_leaves
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.rules import AxisRules
 
@@ -31,32 +31,33 @@ def init(
     torch.Size([4, 8])
     """
     known = as_mesh(mesh)
+    layouts = check_declarations(declarations, key, known, rules, "ft.init")
+    leaves, structure = tree.flatten(declarations)
+    blocks = [
+        block_of(layout, param.shape, known) if known is not None and layout is not None and any(layout.dims) else None
+        for param, layout in zip(leaves, layouts, strict=True)
+    ]
+    made = zip(tree.paths(declarations), leaves, blocks, strict=True)
+    return tree.unflatten(
+        structure, [param.init(random.fold_in(key, path), param, block) for path, param, block in made]
+    )
+
+
+def check_declarations(
+    declarations: tree.Tree, key: Tensor, mesh: Mesh | None, rules: AxisRules | None, what: str
+) -> list[Layout | None]:
+    """The layout of each leaf on a mesh; raises what `init` would, before anything is allocated."""
+    random.check_key(key, what)
     paths, leaves = tree.paths(declarations), tree.leaves(declarations)
     bad = [
-        f"{path} is a {type(leaf).__name__}, not a Param"
+        f"{path or 'the value'} is a {type(leaf).__name__}, not a Param"
         for path, leaf in zip(paths, leaves, strict=True)
         if not isinstance(leaf, Param)
     ]
     if bad:
-        raise FunctitanError(report("ft.init", bad, "declare each parameter as ft.Param('embed mlp', (256, 768))"))
-    if known is None:
-        return tree.map_with_path(lambda path, param: param.init(random.fold_in(key, path), param, None), declarations)
+        raise FunctitanError(report(what, bad, "declare each parameter as ft.Param('embed mlp', (256, 768))"))
+    if mesh is None:
+        return [None] * len(leaves)
     if not isinstance(rules, AxisRules):
-        raise MeshError(report("ft.init", [f"rules is {rules!r}"], "give a table: rules=ft.AxisRules({...})"))
-    layouts = [layout_of(axes_of(param), table_of(param, rules), known.sizes) for param in leaves]
-    bad = [
-        line
-        for path, param, layout in zip(paths, leaves, layouts, strict=True)
-        for line in divisibility(layout, param.shape, known.sizes, path)
-    ]
-    if bad:
-        raise LayoutError(report("ft.init", bad, "change the sizes, the mesh, or the rules of those axes"))
-    return tree.unflatten(
-        tree.flatten(declarations)[1],
-        [
-            param.init(
-                random.fold_in(key, path), param, block_of(layout, param.shape, known) if any(layout.dims) else None
-            )
-            for path, param, layout in zip(paths, leaves, layouts, strict=True)
-        ],
-    )
+        raise MeshError(report(what, [f"rules is {rules!r}"], "give a table: rules=ft.AxisRules({...})"))
+    return check_leaves(what, [(p, leaf, leaf.shape) for p, leaf in zip(paths, leaves, strict=True)], rules, mesh.sizes)

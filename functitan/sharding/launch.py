@@ -200,7 +200,10 @@ def _work(fn: Callable[..., Any], args: tuple[Any, ...], nprocs: int) -> bytes:
         except Exception as error:
             problems.append(f"the {what} cannot be sent to a process: {error}")
     if problems:
-        fix = "define the function at the top level of a module, and pass it what it needs as arguments"
+        fix = (
+            "call it as ft.launch(train, config, nprocs=2), where train is defined at the top level of a module and "
+            "gets what it needs as arguments"
+        )
         raise FunctitanError(report(f"ft.launch of {fn!r}", problems, fix))
     return pickle.dumps(packed)
 

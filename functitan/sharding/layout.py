@@ -7,11 +7,12 @@ contiguous, ordered by its mesh dims, outermost first.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
 from functitan.axes import Axes, parse_axes, write_axes
-from functitan.errors import LayoutError, PatternError, RulesError, report
+from functitan.errors import FunctitanError, LayoutError, PatternError, RulesError, report
 from functitan.param import Param
 from functitan.sharding.mesh import Mesh, MeshSizes
 from functitan.sharding.rules import AxisRules, Dims, check_rules, unknown_names
@@ -77,7 +78,41 @@ def check_rank(axes: Axes, shape: tuple[int, ...], what: str) -> None:
     """Raise `PatternError` if a tensor has not one dimension for each name."""
     if len(axes) != len(shape):
         problem = f"pattern {write_axes(axes)!r} names {len(axes)} axes, the tensor has {len(shape)}: {tuple(shape)}"
-        raise PatternError(report(what, [problem], "name each dimension of the tensor once, in order"))
+        raise PatternError(report(what, [problem], _FIX_RANK))
+
+
+def check_leaves(
+    what: str,
+    leaves: Iterable[tuple[str, str | Param | None, tuple[int, ...]]],
+    rules: AxisRules,
+    mesh: MeshSizes,
+    shapes_are_local: bool = False,
+) -> list[Layout | None]:
+    """The layout of each leaf of a tree, given as (path, pattern, shape); `None` for one without a pattern.
+
+    A declaration in place of a pattern lies under the table of its own, if it has one.
+    Raises `PatternError`, `RulesError` or `LayoutError`, which lists every leaf with a pattern of the wrong rank, with
+    an axis that has no rule, or, of global shapes, with a size that its mesh dims do not divide.
+    """
+    check_rules(rules, mesh)
+    found: list[tuple[type[FunctitanError], str, str]] = []
+    layouts: list[Layout | None] = []
+    for path, given, shape in leaves:
+        axes, table, layout, where = axes_of(given), table_of(given, rules), None, path or "tensor"
+        if axes is not None and len(axes) != len(shape):
+            names = f"pattern {write_axes(axes)!r} names {len(axes)} axes, the tensor has {len(shape)}: {shape}"
+            found.append((PatternError, f"{where}: {names}", _FIX_RANK))
+        elif axes is not None and (unknown := unknown_names(axes, table)):
+            found += [(RulesError, f"{where}: {line}", FIX_RULE) for line in unknown]
+        elif axes is not None:
+            layout = layout_of(axes, table, mesh)
+            bad = [] if shapes_are_local else divisibility(layout, shape, mesh, path)
+            found += [(LayoutError, line, FIX_SIZES) for line in bad]
+        layouts.append(layout)
+    if found:
+        kinds, problems, fixes = zip(*found, strict=True)
+        raise kinds[0](report(what, problems, "; ".join(dict.fromkeys(fixes))))
+    return layouts
 
 
 def divisibility(layout: Layout, shape: tuple[int, ...], mesh: MeshSizes, path: str = "") -> list[str]:
@@ -100,7 +135,7 @@ def local_shape(layout: Layout, shape: tuple[int, ...], mesh: MeshSizes, path: s
     check_rank(layout.axes, shape, path or "tensor")
     problems = divisibility(layout, shape, mesh, path)
     if problems:
-        raise LayoutError(report("sharding", problems, _FIX_SIZE))
+        raise LayoutError(report("sharding", problems, FIX_SIZES))
     return tuple(size // mesh.size(dims) for size, dims in zip(shape, layout.dims, strict=True))
 
 
@@ -122,4 +157,5 @@ def shard_count(layout: Layout, mesh: MeshSizes) -> int:
 
 
 FIX_RULE = "add the axis to the rules; None keeps it whole, as in rules.replace(head_dim=None)"
-_FIX_SIZE = "change the size, the mesh, or the rule of that axis (None keeps it whole)"
+FIX_SIZES = "change the sizes, the mesh, or the rules of those axes (None keeps an axis whole)"
+_FIX_RANK = "name each dimension of the tensor once, in order"

@@ -95,7 +95,7 @@ def mesh_sizes(sizes: Mapping[str, int]) -> MeshSizes:
     problems = [
         f"mesh dim {dim!r} has size {size!r}: a size is a whole number of at least 1"
         for dim, size in sizes.items()
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1
+        if not is_size(size)
     ]
     problems += [
         f"{dim!r} is not a mesh dim's name" for dim in sizes if not (isinstance(dim, str) and dim.isidentifier())
@@ -103,6 +103,11 @@ def mesh_sizes(sizes: Mapping[str, int]) -> MeshSizes:
     if problems:
         raise MeshError(report(f"mesh {dict(sizes)!r}", problems, "write sizes as in dict(fsdp=4, tp=2)"))
     return MeshSizes(tuple(sizes), tuple(sizes.values()))
+
+
+def is_size(n: object) -> bool:
+    """True for a whole number of at least 1."""
+    return isinstance(n, int) and not isinstance(n, bool) and n >= 1
 
 
 def infer_sizes(sizes: Mapping[str, int], world: int) -> MeshSizes:
@@ -114,16 +119,27 @@ def infer_sizes(sizes: Mapping[str, int], world: int) -> MeshSizes:
     open_dims = [dim for dim, size in sizes.items() if size == -1]
     if len(open_dims) > 1:
         raise MeshError(
-            report(f"mesh {dict(sizes)!r}", [f"only one size may be -1, not {open_dims}"], "give the others")
+            report(
+                f"mesh {dict(sizes)!r}",
+                [f"the sizes of {open_dims} are -1: one alone can be inferred"],
+                "give the others",
+            )
         )
-    known = mesh_sizes({dim: size for dim, size in sizes.items() if size != -1})
+    known = mesh_sizes({dim: 1 if size == -1 else size for dim, size in sizes.items()})
     product = math.prod(known.sizes)
     whole = {dim: (world // product if size == -1 else size) for dim, size in sizes.items()}
     if math.prod(whole.values()) != world or 0 in whole.values():
         raise MeshError(
             report(
                 f"mesh {dict(sizes)!r}",
-                [f"its sizes multiply to {product}{' times -1' if open_dims else ''}, but there are {world} processes"],
+                [
+                    f"its sizes multiply to {product}"
+                    + (
+                        f", which does not divide the number of processes, {world}: {open_dims[0]} has no size"
+                        if open_dims
+                        else f", but the number of processes is {world}"
+                    )
+                ],
                 f"start {product} processes (torchrun --nproc-per-node={product}, ft.launch), choose sizes whose "
                 f"product is {world}, or run on threads with ft.simulate",
             )

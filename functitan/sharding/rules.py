@@ -30,6 +30,8 @@ class AxisRules:
     __slots__ = ("_hash", "_rules")
 
     def __init__(self, rules: Mapping[str, str | Dims | None]):
+        if not isinstance(rules, Mapping):
+            raise RulesError(report("AxisRules", [f"a {type(rules).__name__} is no table"], _FIX_TABLE))
         problems = [problem for name, dims in rules.items() for problem in _problems(name, dims)]
         if problems:
             raise RulesError(report("AxisRules", problems, _FIX_TABLE))
@@ -107,7 +109,11 @@ def _problems(name: object, dims: object) -> list[str]:
     if dims is not None and not isinstance(dims, (str, tuple, list)):
         return [f"rule {name!r}: {dims!r} is neither a mesh dim, nor a tuple of them, nor None"]
     dims = _as_tuple(dims)  # type: ignore[arg-type]
-    problems = [f"rule {name!r}: {dim!r} is not a mesh dim's name" for dim in dims if not isinstance(dim, str)]
+    problems = [
+        f"rule {name!r}: {dim!r} is not a mesh dim's name"
+        for dim in dims
+        if not isinstance(dim, str) or not dim.isidentifier()
+    ]
     if len(set(dims)) < len(dims):
         problems.append(f"rule {name!r}: a mesh dim stands twice in {dims!r}")
     if "pp" in dims:

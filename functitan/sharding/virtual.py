@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from functitan.errors import CollectiveError
+from functitan.errors import CollectiveError, MeshError, check_function, report
 from functitan.sharding.context import current, using
 from functitan.sharding.mesh import Mesh, MeshSizes, Transport, mesh_sizes
 from functitan.sharding.program import describe, disagree, waited
@@ -37,7 +37,12 @@ def simulate(*, timeout: float = TIMEOUT_S, **sizes: int) -> Callable[[Callable[
     """
     known = mesh_sizes(sizes or {"dp": 1})
 
+    if not timeout > 0:
+        raise MeshError(report("ft.simulate", [f"timeout is {timeout}"], "give seconds, more than 0"))
+
     def wrap(fn: Callable[..., Any]) -> Callable[..., list[Any]]:
+        check_function(fn, "ft.simulate(...)")
+
         @functools.wraps(fn)
         def run(*args: Any, **kwargs: Any) -> list[Any]:
             return _run(fn, known, timeout, args, kwargs)

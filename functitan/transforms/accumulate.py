@@ -15,12 +15,11 @@ from torch import Tensor
 from functitan import random, tree
 from functitan.axes import Axes
 from functitan.errors import FunctitanError, LayoutError, PatternError, RulesError, report
-from functitan.ops.move import axes_of
 from functitan.ops.replica import merge, merge_scalars, one_replica, spread
 from functitan.sharding.context import Env, current, using
-from functitan.sharding.layout import check_rank, divisibility, global_shape, layout_of
+from functitan.sharding.layout import axes_of, check_rank, divisibility, global_shape, layout_of
 from functitan.sharding.rules import AxisRules, Dims, check_rules
-from functitan.transforms.grad import add_gradients, has_derivative
+from functitan.transforms.grad import add_gradients, described, has_derivative
 from functitan.transforms.loss import count_of, split_loss
 
 WHERE = "ft.accumulate"
@@ -143,7 +142,7 @@ def _replica_dims(batch_axis: str, env: Env) -> Dims:
 def _axes_of(params: tree.Tree, patterns: tree.Tree, to_rules: AxisRules | None, env: Env) -> list[Axes]:
     """The axes of each parameter (numbered ones where it has no pattern), checked against its shape and the tables."""
     leaves, paths = tree.leaves(params), tree.paths(params)
-    bad = [f"{path} is {_kind(leaf)}" for path, leaf in zip(paths, leaves, strict=True) if not has_derivative(leaf)]
+    bad = [f"{path} is {described(leaf)}" for path, leaf in zip(paths, leaves, strict=True) if not has_derivative(leaf)]
     if bad:
         raise FunctitanError(report(f"{WHERE}: parameters without a derivative", bad, _FIX_LEAVES))
     if env.mesh is None:
@@ -189,10 +188,6 @@ def _microbatch_size(batch: Any, k: int, dims: Dims, env: Env) -> int:
         problems = [f"{path}: {size} examples {here} are not divisible by {k}" for path, size in sizes.items()]
         raise FunctitanError(report(f"{WHERE}: {k} microbatches", problems, _FIX_K))
     return next(iter(sizes.values())) // k
-
-
-def _kind(leaf: Any) -> str:
-    return f"a tensor of {leaf.dtype}" if isinstance(leaf, Tensor) else f"a {type(leaf).__name__}"
 
 
 _FIX_K = "k is the number of microbatches: it divides the examples that each rank has"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from functitan import tree
-from functitan.errors import FunctitanError, report
+from functitan.errors import FunctitanError, check_function, report
 from functitan.ops.function import transforms_active
 from functitan.sharding.context import Env, current, using
 
@@ -29,17 +29,18 @@ def value_and_grad(fn: Callable[..., Any], argnums: Argnums = 0, has_aux: bool =
     >>> value_and_grad(lambda p: (p["w"] ** 2).sum())({"w": torch.tensor([1.0, 2.0])})
     (tensor(5.), {'w': tensor([2., 4.])})
     """
-    places = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    check_function(fn, "ft.value_and_grad")
 
     def with_grad(*args: Any, **kwargs: Any) -> Any:
+        places = _places(argnums, len(args))
         leaves, structure = tree.flatten(tuple(args[i] for i in places))
         _check_leaves([args[i] for i in places], places)
 
         def flat(*values: Tensor) -> Any:
             given = dict(zip(places, tree.unflatten(structure, values), strict=True))
             out = fn(*(given.get(i, arg) for i, arg in enumerate(args)), **kwargs)
+            _check_value(out, has_aux)
             value, aux = out if has_aux else (out, None)
-            _check_value(value, has_aux)
             return value, aux
 
         env, nested = _surroundings(leaves)
@@ -97,11 +98,9 @@ def jvp(fn: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any])
     >>> jvp(lambda x: x ** 2, (torch.tensor(3.0),), (torch.tensor(1.0),))
     (tensor(9.), tensor(6.))
     """
+    _check_tangents("ft.jvp", primals, tangents)
     leaves, structure = tree.flatten(tuple(primals))
-    directions, other = tree.flatten(tuple(tangents))
-    if structure != other:
-        problem = f"primals have structure {structure}, tangents {other}"
-        raise FunctitanError(report("ft.jvp", [problem], "give one tangent for each leaf of the primals"))
+    directions = tree.leaves(tuple(tangents))
     shapes: list[Any] = []
 
     def flat(*values: Tensor) -> tuple[Tensor, ...]:
@@ -125,11 +124,10 @@ def hvp(fn: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any])
     >>> hvp(lambda x: (x ** 3).sum(), (torch.tensor([1.0, 2.0]),), (torch.tensor([1.0, 1.0]),))
     tensor([ 6., 12.])
     """
+    first = primals[:1] if isinstance(primals, (tuple, list)) else primals
+    _check_tangents("ft.hvp", first, tangents)
     leaves, structure = tree.flatten(primals[0])
-    directions, other = tree.flatten(tangents[0])
-    if structure != other:
-        problem = f"the first primal has structure {structure}, the tangent {other}"
-        raise FunctitanError(report("ft.hvp", [problem], "give one tangent for each leaf of the first argument"))
+    directions = tree.leaves(tangents[0])
 
     def gradient(*values: Tensor) -> tuple[Tensor, ...]:
         return tuple(tree.leaves(grad(fn)(tree.unflatten(structure, values), *primals[1:])))
@@ -199,9 +197,49 @@ def _detached(aux: Any) -> Any:
     return tree.map(lambda x: x.detach() if isinstance(x, Tensor) else x, aux)
 
 
+def _places(argnums: Argnums, count: int) -> tuple[int, ...]:
+    """The numbers of the arguments, counted from the front."""
+    given = tuple(argnums) if isinstance(argnums, Sequence) else (argnums,)
+    bad = [
+        f"argnums has {i!r}, but the call has {count} positional arguments" for i in given if not _is_place(i, count)
+    ]
+    places = () if bad else tuple(i % count for i in given)
+    bad += [f"argnums {given} names an argument twice"] if len(set(places)) < len(places) else []
+    if bad:
+        raise FunctitanError(report("ft.value_and_grad", bad, "argnums counts positional arguments from 0"))
+    return places
+
+
+def _is_place(i: object, count: int) -> bool:
+    return type(i) is int and -count <= i < count
+
+
+def _check_tangents(what: str, primals: Any, tangents: Any) -> None:
+    """Raise unless tangents are to primals, leaf for leaf, what a derivative needs."""
+    bad = [
+        f"{name} is a {type(x).__name__}, not a tuple with an entry for each argument"
+        for name, x in (("primals", primals), ("tangents", tangents))
+        if not isinstance(x, (tuple, list))
+    ]
+    if not bad and len(primals) != len(tangents):
+        bad = [f"{len(tangents)} tangents for {len(primals)} differentiated arguments"]
+    if not bad:
+        bad = tree.mismatches(tuple(primals), tuple(tangents), "primals", "tangents")
+    if not bad:
+        each = zip(tree.paths(tuple(primals)), tree.leaves(tuple(primals)), tree.leaves(tuple(tangents)), strict=True)
+        kinds = ((path, described(x), described(t), x) for path, x, t in each)
+        bad = [
+            f"{p}: {a} has tangent {b}" if a != b else f"{p}: {a} has no derivative"
+            for p, a, b, x in kinds
+            if a != b or not has_derivative(x)
+        ]
+    if bad:
+        raise FunctitanError(report(what, bad, "give each differentiated leaf a tangent of its shape and dtype"))
+
+
 def _check_leaves(args: list[Any], places: tuple[int, ...]) -> None:
     problems = [
-        f"argument {place}{'.' if path else ''}{path}: {_kind(leaf)} has no derivative"
+        f"argument {place}{'.' if path else ''}{path}: {described(leaf)} has no derivative"
         for place, arg in zip(places, args, strict=True)
         for path, leaf in zip(tree.paths(arg), tree.leaves(arg), strict=True)
         if not has_derivative(leaf)
@@ -216,14 +254,21 @@ def has_derivative(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
-def _kind(leaf: Any) -> str:
-    return f"a tensor of {leaf.dtype}" if isinstance(leaf, Tensor) else f"a {type(leaf).__name__}"
+def described(leaf: Any) -> str:
+    """What a leaf is, for errors: dtype and sizes, or the type of what is no tensor."""
+    if isinstance(leaf, Tensor):
+        return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
+    return f"a value of type {type(leaf).__name__!r}"
 
 
-def _check_value(value: Any, has_aux: bool) -> None:
-    if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
-        shape = (
-            f"of shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else repr(type(value).__name__)
-        )
-        fix = "return a scalar: ft.reduce('batch ->', loss)" + ("" if has_aux else "; has_aux=True for (value, aux)")
-        raise FunctitanError(report("ft.value_and_grad", [f"the function's value is {shape}, not a scalar"], fix))
+def _check_value(out: Any, has_aux: bool) -> None:
+    pair = isinstance(out, tuple) and len(out) == 2
+    value = out[0] if has_aux and pair else out
+    fix = "return a scalar: ft.reduce('batch ->', loss)" + ("" if has_aux else "; has_aux=True for (value, aux)")
+    if has_aux and not pair:
+        problem, fix = f"the function gives {described(out)}, not (value, aux)", "return both, or leave has_aux out"
+    elif not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
+        problem = f"the function gives {described(value)}, not a floating-point scalar"
+    else:
+        return
+    raise FunctitanError(report("ft.value_and_grad", [problem], fix))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from functitan.errors import FunctitanError, report
+from functitan.transforms.grad import described
 
 
 def split_loss(out: Any, where: str) -> tuple[tuple[Tensor, Any], Any]:
@@ -22,7 +23,7 @@ def split_loss(out: Any, where: str) -> tuple[tuple[Tensor, Any], Any]:
     """
     if isinstance(out, tuple) and len(out) == 2:
         pair, aux = (out, None) if isinstance(out[0], Tensor) else out
-        if isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], Tensor) and pair[0].dim() == 0:
+        if isinstance(pair, tuple) and len(pair) == 2 and _is_sum(pair[0]) and _is_count(pair[1]):
             return (pair[0], pair[1]), aux
     raise FunctitanError(report(f"{where}: the loss function", [f"it returned {_describe(out)}"], _FIX))
 
@@ -32,10 +33,18 @@ def count_of(count: Any, total: Tensor) -> Tensor:
     return torch.as_tensor(count, dtype=total.dtype, device=total.device).detach()
 
 
+def _is_sum(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dim() == 0 and x.is_floating_point()
+
+
+def _is_count(x: Any) -> bool:
+    return x.dim() == 0 if isinstance(x, Tensor) else type(x) in (int, float) and x >= 0
+
+
 def _describe(out: Any) -> str:
-    if isinstance(out, Tensor):
-        return f"a tensor of shape {tuple(out.shape)}"
-    return f"({', '.join(map(_describe, out))})" if isinstance(out, tuple) else f"a {type(out).__name__}"
+    if isinstance(out, tuple):
+        return f"({', '.join(map(_describe, out))})"
+    return repr(out) if isinstance(out, (int, float)) else described(out)
 
 
 _FIX = "return (sum, count), scalars over the whole batch: (ft.reduce('batch seq ->', loss), tokens); or (those, aux)"

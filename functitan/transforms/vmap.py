@@ -9,10 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from functitan import tree
 from functitan.axes import parse_axes
-from functitan.errors import FunctitanError, report
+from functitan.errors import FunctitanError, check_function, report
 from functitan.ops.function import current_level
 from functitan.sharding.context import current, using
 
@@ -30,7 +31,8 @@ def vmap(fn: Callable[..., Any], in_dims: Any = 0, *, axis: str, out_dims: int =
     >>> vmap(lambda row: row.sum(), axis="batch")(x)
     tensor([1., 5., 9.])
     """
-    if len(parse_axes(axis)) != 1:
+    check_function(fn, "ft.vmap")
+    if not isinstance(axis, str) or len(parse_axes(axis)) != 1:
         raise FunctitanError(report("ft.vmap", [f"axis={axis!r} is not one axis name"], "write axis='batch'"))
 
     def batched(*args: Any) -> Any:
@@ -40,6 +42,7 @@ def vmap(fn: Callable[..., Any], in_dims: Any = 0, *, axis: str, out_dims: int =
         leaves, structure = tree.flatten(tuple(args))
         if all(place is None for place in places):
             raise FunctitanError(report("ft.vmap", ["every in_dims is None"], "at least one argument has the axis"))
+        _check_places(tree.paths(tuple(args)), leaves, places)
         sizes = {
             path: x.shape[place]
             for path, x, place in zip(tree.paths(tuple(args)), leaves, places, strict=True)
@@ -61,6 +64,18 @@ def vmap(fn: Callable[..., Any], in_dims: Any = 0, *, axis: str, out_dims: int =
         return tree.unflatten(out_structure[0], outs)
 
     return batched
+
+
+def _check_places(paths: list[str], leaves: list[Any], places: list[Any]) -> None:
+    problems = []
+    for path, x, place in zip(paths, leaves, places, strict=True):
+        if place is not None and not isinstance(x, Tensor):
+            problems.append(f"argument {path} is a {type(x).__name__}, not a tensor")
+        elif place is not None and (type(place) is not int or not -x.dim() <= place < x.dim()):
+            problems.append(f"argument {path} of shape {tuple(x.shape)} has no dimension {place!r}")
+    if problems:
+        fix = "in_dims says where each argument has the axis, None where one lacks it, as in (0, None)"
+        raise FunctitanError(report("ft.vmap", problems, fix))
 
 
 _FIX_SIZES = "give the axis one global size, and the first rule of the table, so that it lies alike in every argument"
