@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
-PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+*PROGRAMS, LOOP = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=range(len(PROGRAMS)))
@@ -28,3 +28,11 @@ def test_programs_run_as_scripts(program, tmp_path):
 def test_programs_run_as_cells():
     for program in PROGRAMS:
         exec(compile(program, "<cell>", "exec"), {"__name__": "__main__"})
+
+
+def test_the_loop_of_ones_own_is_the_example():
+    """CI runs the example against the installed wheel, counts its lines, and asserts that its loss falls."""
+    assert LOOP == (Path(__file__).parents[1] / "examples/own_loop.py").read_text()
+    ran: dict = {}
+    exec(compile(LOOP, "<cell>", "exec"), ran)
+    assert ran["value"] < 1e-2 * ran["x"].square().sum()
