@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from llama_module import batches, loaded
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -27,58 +28,11 @@ CONFIG = ft.models.llama.DEBUG
 BATCH, SEQ, LEARNING_RATE, WEIGHT_DECAY, CLIP = 8, 256, 1e-3, 0.1, 1.0
 
 
-class Block(nn.Module):
-    def __init__(self, c) -> None:
-        super().__init__()
-        self.c = c
-        self.attention_norm, self.mlp_norm = nn.RMSNorm(c.embed, c.norm_eps), nn.RMSNorm(c.embed, c.norm_eps)
-        self.q = nn.Linear(c.embed, c.num_heads * c.head_dim, bias=False)
-        self.k = nn.Linear(c.embed, c.num_kv_heads * c.head_dim, bias=False)
-        self.v = nn.Linear(c.embed, c.num_kv_heads * c.head_dim, bias=False)
-        self.out = nn.Linear(c.num_heads * c.head_dim, c.embed, bias=False)
-        self.gate, self.up = nn.Linear(c.embed, c.mlp, bias=False), nn.Linear(c.embed, c.mlp, bias=False)
-        self.down = nn.Linear(c.mlp, c.embed, bias=False)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        batch, seq, _ = x.shape
-        h = self.attention_norm(x)
-        q, k, v = (f(h).view(batch, seq, -1, self.c.head_dim).transpose(1, 2) for f in (self.q, self.k, self.v))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        h = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        x = x + self.out(h.transpose(1, 2).reshape(batch, seq, -1))
-        h = self.mlp_norm(x)
-        return x + self.down(functional.silu(self.gate(h)) * self.up(h))
-
-
-class Llama(nn.Module):
-    def __init__(self, c) -> None:
-        super().__init__()
-        self.c = c
-        self.embedding = nn.Embedding(c.vocab_size, c.embed)
-        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_layers))
-        self.norm = nn.RMSNorm(c.embed, c.norm_eps)
-        self.unembedding = nn.Linear(c.embed, c.vocab_size, bias=False)
-        freqs = 1.0 / c.rope_theta ** (torch.arange(0, c.head_dim, 2) / c.head_dim)
-        angles = torch.outer(torch.arange(SEQ), freqs)
-        self.register_buffer("cos", angles.cos())
-        self.register_buffer("sin", angles.sin())
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
-        for layer in self.layers:
-            x = layer(x, self.cos, self.sin)
-        return self.unembedding(self.norm(x))
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
-
-
 def module_step() -> Callable[[dict[str, Tensor]], float]:
     """The hand-written step, from functitan's initial weights."""
-    model = Llama(CONFIG)
-    load(model, ft.TrainState.create(ft.models.llama.params(CONFIG), ft.optim.sgd(0.0), ft.random.key(0)).params)
+    state = ft.TrainState.create(ft.models.llama.params(CONFIG), ft.optim.sgd(0.0), ft.random.key(0))
+    model = loaded(CONFIG, SEQ, state.params)
+    del state
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
 
     def step(batch: dict[str, Tensor]) -> float:
@@ -109,33 +63,9 @@ def functitan_step() -> Callable[[dict[str, Tensor]], float]:
     return step
 
 
-def load(model: Llama, params: ft.tree.Tree) -> None:
-    """functitan's parameters into the module: its matrices are [in, out], nn.Linear's [out, in]."""
-    matrix = lambda x, rows: x.reshape(rows, -1).T
-    c = model.c
-    with torch.no_grad():
-        model.embedding.weight.copy_(params["embedding"])
-        model.unembedding.weight.copy_(params["unembedding"].T)
-        model.norm.weight.copy_(params["norm"]["scale"])
-        for layer, p in zip(model.layers, params["layers"], strict=True):
-            layer.attention_norm.weight.copy_(p["attention_norm"]["scale"])
-            layer.mlp_norm.weight.copy_(p["mlp_norm"]["scale"])
-            for name in ("q", "k", "v"):
-                getattr(layer, name).weight.copy_(matrix(p["attention"][name], c.embed))
-            layer.out.weight.copy_(matrix(p["attention"]["out"], c.num_heads * c.head_dim))
-            for name in ("gate", "up", "down"):
-                getattr(layer, name).weight.copy_(p["mlp"][name].T)
-
-
-def batches(count: int) -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, CONFIG.vocab_size, (count, BATCH, SEQ + 1), generator=generator)
-    return [{"tokens": t[:, :-1].contiguous(), "labels": t[:, 1:].contiguous()} for t in tokens]
-
-
 def child_memory(which: str) -> int:
     """Bytes by which the peak resident set of a fresh process grows over a few steps."""
-    data = batches(4)
+    data = batches(CONFIG, 4, BATCH, SEQ)
     torch.randn(512, 512) @ torch.randn(512, 512)  # the libraries' own buffers
     before = peak_kib()
     step = {"functitan": functitan_step, "module": module_step}[which]()
@@ -163,7 +93,7 @@ def main() -> None:
     ours, theirs = functitan_step(), module_step()
     times: dict[str, list[float]] = {"functitan": [], "module": []}
     worst = 0.0
-    for i, batch in enumerate(batches(args.pairs + 2)):
+    for i, batch in enumerate(batches(CONFIG, args.pairs + 2, BATCH, SEQ)):
         losses = []
         for name, step in (("functitan", ours), ("module", theirs)):
             start = time.perf_counter()

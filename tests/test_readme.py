@@ -32,7 +32,7 @@ def test_programs_run_as_cells():
 
 def test_the_loop_of_ones_own_is_the_example():
     """CI runs the example against the installed wheel, counts its lines, and asserts that its loss falls."""
-    assert LOOP == (Path(__file__).parents[1] / "examples/own_loop.py").read_text()
+    assert (Path(__file__).parents[1] / "examples/own_loop.py").read_text() == LOOP
     ran: dict = {}
     exec(compile(LOOP, "<cell>", "exec"), ran)
     assert ran["value"] < 1e-2 * ran["x"].square().sum()
