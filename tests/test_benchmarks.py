@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-TINY = (
-    ["--steps", "4", "--pairs", "2", "--batch", "4", "--seq", "16", "--vocab", "128", "--embed", "32", "--layers", "2", "--heads", "4", "--kv-heads", "2", "--mlp", "48"]
-)
+SIZES = dict(steps=4, pairs=2, batch=4, seq=16, vocab=128, embed=32, layers=2, heads=4, kv_heads=2, mlp=48)
+TINY = [f"--{name.replace('_', '-')}={size}" for name, size in SIZES.items()]
 
 
 def test_functitan_and_torchs_own_parallelism_have_the_same_losses():

@@ -176,13 +176,8 @@ def _table(rules: AxisRules | None, what: str) -> AxisRules:
 def _parse(pattern: str) -> tuple[Axes, Axes]:
     signature = parse_signature(pattern)
     (axes, *more), (names, *others) = signature
-    problems = [
-        f"axis {a!r} stands in another place" for i, a in enumerate(names) if a in axes and axes[i : i + 1] != (a,)
-    ]
     if more or others or len(axes) != len(names):
-        sides = " and ".join(f"{len(side)} patterns of {sum(map(len, side))} axes" for side in signature)
-        problems = [f"{sides}: it renames the axes of one tensor, one for one"]
-    if problems:
-        fix = "write as in 'batch seq -> batch whole_seq'; ft.einsum('batch seq -> seq batch', x) permutes"
-        raise PatternError(report(f"constrain({pattern!r})", problems, fix))
+        sides = " to ".join(str([len(its) for its in side]) for side in signature)
+        problem = f"it renames the axes of one tensor, one for one; these patterns have {sides} axes"
+        raise PatternError(report(f"constrain({pattern!r})", [problem], "write as in 'batch seq -> batch whole_seq'"))
     return axes, names

@@ -101,14 +101,13 @@ MISTAKES = {
           - result ('batch', shape (3,)): axis 'batch' of size 3 is not divisible by 2 (fsdp=2); 2 or 4 would be
           Fix: change the sizes, the mesh, or the rules of those axes (None keeps an axis whole)""",
     ),
-    "a renaming that permutes": (
-        lambda: ft.constrain("batch seq -> seq batch", X),
+    "a renaming that loses an axis": (
+        lambda: ft.constrain("batch seq -> batch", X),
         ft.PatternError,
         """\
-        constrain('batch seq -> seq batch'):
-          - axis 'seq' stands in another place
-          - axis 'batch' stands in another place
-          Fix: write as in 'batch seq -> batch whole_seq'; ft.einsum('batch seq -> seq batch', x) permutes""",
+        constrain('batch seq -> batch'):
+          - it renames the axes of one tensor, one for one; these patterns have [2] to [1] axes
+          Fix: write as in 'batch seq -> batch whole_seq'""",
     ),
     "a move to where it does not divide": (
         lambda: inside(lambda: ft.constrain("mlp seq -> batch seq", ODD)),
