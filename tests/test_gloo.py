@@ -112,8 +112,8 @@ def test_make_mesh_infers_a_size(of_four):
 def test_make_mesh_checks_before_it_starts_anything(of_four):
     texts, running = zip(*of_four[0]["errors"], strict=True)
     assert not any(running)
-    assert "sizes multiply to 3, but there are 4 processes" in texts[0] and "ft.launch" in texts[0]
-    assert "sizes multiply to 3 times -1" in texts[1]
+    assert "sizes multiply to 3, but the number of processes is 4" in texts[0] and "ft.launch" in texts[0]
+    assert "sizes multiply to 3, which does not divide the number of processes, 4: fsdp has no size" in texts[1]
     assert "no backend 'glow'" in texts[2] and "gloo" in texts[2]
 
 
