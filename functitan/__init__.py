@@ -37,6 +37,7 @@ from functitan.train import TrainState, train_step
 from functitan.transforms.accumulate import accumulate
 from functitan.transforms.checked import check_equal, checked
 from functitan.transforms.grad import grad, hvp, jvp, value_and_grad
+from functitan.transforms.precision import precision
 from functitan.transforms.vmap import vmap
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ __all__ = [
     "nn",
     "optim",
     "parse_axes",
+    "precision",
     "random",
     "rearrange",
     "record",

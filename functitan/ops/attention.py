@@ -23,6 +23,7 @@ from functitan.ops.types import Type, resolve
 from functitan.sharding.context import Env, current
 from functitan.sharding.contraction import Contraction, Term
 from functitan.sharding.layout import Layout
+from functitan.sharding.precision import in_compute
 from functitan.sharding.steps import Label
 
 _REPLICA = "_replica"
@@ -57,6 +58,7 @@ def attention(
     given = [Operand("queries", q, axes, "float"), Operand("keys", k, kv_axes), Operand("values", v, kv_axes)]
     given += [Operand(name, x, axes[:-2], "int") for name, x in marks if x is not None]
     check_operands(what, *given, alike=True)
+    q, k, v = in_compute((q, k, v), env.precision)
     own = _Marks(positions, segments)
     if env.mesh is None:
         _check_heads(pattern, q.shape[-2], k.shape[-2])

@@ -19,13 +19,19 @@ from functitan.sharding.choice import FREE, Fixed
 from functitan.sharding.context import Env
 from functitan.sharding.contraction import Contraction, Term, cotangents, tangents
 from functitan.sharding.plan import Plan, plan
-from functitan.sharding.steps import Label, run_step
+from functitan.sharding.precision import cast, narrowed
+from functitan.sharding.steps import Label, run_step, settle
+
+Dtypes = tuple[torch.dtype | None, ...]
 
 Sizes = tuple[tuple[str, int], ...]  # (axis, global size)
 
 
 class Static(NamedTuple):
-    """The static data of a call: the contraction in types and in full layouts, its plan, its label, its reduction."""
+    """The static data of a call: the contraction in types and in full layouts, its plan, its label, its reduction.
+
+    `dtypes` are those of the operands; the products are of `compute`, the results of `made` (`None`: as they come).
+    """
 
     typed: Contraction
     full: Contraction
@@ -33,7 +39,9 @@ class Static(NamedTuple):
     label: Label
     reduction: str
     fixed: Fixed
-    dtypes: tuple[Any, ...]
+    dtypes: Dtypes
+    compute: torch.dtype | None
+    made: Dtypes
 
 
 def contract(
@@ -43,15 +51,22 @@ def contract(
     label: Label,
     fixed: Fixed = FREE,
     reduction: str = "sum",
+    compute: torch.dtype | None = None,
+    made: Dtypes | None = None,
 ) -> tuple[Tensor, ...]:
-    """Run a contraction whose operands and results are `Type`s, on local shards; `typed.sizes` adds sizes to theirs."""
+    """Run a contraction whose operands and results are `Type`s, on local shards; `typed.sizes` adds sizes to theirs.
+
+    Operands are cast to `compute` where they lie and results to `made`; `None` leaves them as they are.
+    """
     assert env.mesh is not None
+    made = made or (None,) * len(typed.results)
     full, hidden = resolve(typed, tensors, env, label)
     chosen = plan(full, env.mesh.sizes, fixed)
     plain = chosen.is_local and reduction == "sum" and env.taps is None  # taps see the backward of every op, too
     if plain and _transposes_locally(full, env, fixed):
-        return tuple(_local(typed, chosen, r, tensors) for r in range(len(typed.results)))
-    static = Static(typed, full, chosen, label, reduction, fixed, tuple(x.dtype for x in tensors))
+        values = tuple(cast(x, compute) for x in tensors)
+        return tuple(_local(typed, chosen, r, values, made[r]) for r in range(len(typed.results)))
+    static = Static(typed, full, chosen, label, reduction, fixed, tuple(x.dtype for x in tensors), compute, made)
     linear = all(len(term.operands) == 1 for term in typed.terms)
     return apply(Call(_LINEAR if linear else _PRODUCT, env, static, *hidden), *tensors)
 
@@ -88,13 +103,14 @@ def _run(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
     def operand(index: int) -> Tensor:
         if index not in moved:
             place, steps = static.plan.moved[index]
-            moved[index] = tensors[place]
+            x = tensors[place]
             for step in steps:
-                moved[index] = run_step(moved[index], step, call.env, static.label)
+                x = run_step(x if step.kind == "slice" else narrowed(x, static.compute), step, call.env, static.label)
+            moved[index] = cast(x, static.compute)
         return moved[index]
 
     results: list[Tensor] = []
-    for groups, layout in zip(static.plan.results, static.full.results, strict=True):
+    for groups, layout, dtype in zip(static.plan.results, static.full.results, static.made, strict=True):
         total: Tensor | None = None
         for group in groups:
             part: Tensor | None = None
@@ -107,8 +123,7 @@ def _run(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
                     value = maximum(axes[0], layout.axes, values[0])
                 part = value if part is None else part + value
             assert part is not None
-            for step in group.steps:
-                part = run_step(part, step, call.env, static.label, static.reduction)
+            part = settle(part, part.dtype, dtype or part.dtype, group.steps, call.env, static.label, static.reduction)
             total = part if total is None else total + part
         assert total is not None
         results.append(total)
@@ -132,9 +147,10 @@ def _vjp(call: Call, tensors: tuple[Tensor, ...], _: Any, grads: tuple[Tensor | 
         static.label,
         call.env,
     )
-    outs = contract(typed, inputs, call.transposed(), static.label, static.fixed)
+    made = tuple(static.dtypes[i] for i in places)
+    outs = contract(typed, inputs, call.transposed(), static.label, static.fixed, compute=static.compute, made=made)
     found = dict(zip(results, outs, strict=True))
-    return tuple(found[r].to(static.dtypes[i]) if r in found else None for r, i in enumerate(wanted))
+    return tuple(found.get(r) for r in range(len(wanted)))
 
 
 def _jvp(call: Call, tensors: tuple[Tensor, ...], _: Any, given: tuple[Tensor | None, ...]):
@@ -142,9 +158,9 @@ def _jvp(call: Call, tensors: tuple[Tensor, ...], _: Any, given: tuple[Tensor | 
     places = tuple(i for i, t in enumerate(given) if t is not None)
     typed = tangents(static.typed._replace(sizes=static.full.sizes), places)
     typed, results, used = _used(typed)
-    outs = contract(
-        typed, _values(static, tensors, (given[i] for i in places), used), call.env, static.label, static.fixed
-    )
+    inputs = _values(static, tensors, (given[i] for i in places), used)
+    made = tuple(static.made[r] for r in results)
+    outs = contract(typed, inputs, call.env, static.label, static.fixed, compute=static.compute, made=made)
     found = dict(zip(results, outs, strict=True))
     return tuple(found.get(r) for r in range(len(static.typed.results)))
 
@@ -177,7 +193,7 @@ def _used(typed: Contraction) -> tuple[Contraction, list[int], list[int]]:
     return Contraction(*kept, terms, typed.sizes), results, operands
 
 
-def _local(typed: Contraction, chosen: Plan, r: int, tensors: tuple[Tensor, ...]) -> Tensor:
+def _local(typed: Contraction, chosen: Plan, r: int, tensors: tuple[Tensor, ...], dtype: torch.dtype | None) -> Tensor:
     """One result from plain torch ops on what the caller sees: nothing moves, in forward or in backward."""
     parts = []
     for group in chosen.results[r]:
@@ -186,7 +202,8 @@ def _local(typed: Contraction, chosen: Plan, r: int, tensors: tuple[Tensor, ...]
             axes = tuple(typed.operands[i].axes for i in places)
             new = tuple((axis, size) for axis, size in item.broadcast if axis in typed.results[r].axes)
             parts.append(product(axes, typed.results[r].axes, tuple(tensors[i] for i in places), new))
-    return parts[0] if len(parts) == 1 else sum(parts[1:], parts[0])
+    total = parts[0] if len(parts) == 1 else sum(parts[1:], parts[0])
+    return total if dtype is None else total.to(dtype)
 
 
 def _transposes_locally(full: Contraction, env: Env, fixed: Fixed) -> bool:

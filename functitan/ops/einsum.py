@@ -19,6 +19,7 @@ from functitan.ops.operands import Operand, check_operands
 from functitan.ops.types import Type
 from functitan.sharding.context import current
 from functitan.sharding.contraction import Contraction, terms_of
+from functitan.sharding.precision import in_compute
 from functitan.sharding.steps import Label
 
 
@@ -40,15 +41,17 @@ def einsum(pattern: str, *tensors: Tensor) -> Any:
     env = current()
     if env.mesh is None:
         try:
-            fits = _fits(signature.operands, tuple([(x.shape, x.dtype, x.device) for x in tensors]))
+            given = in_compute(tensors, env.precision)
+            fits = _fits(signature.operands, tuple([(x.shape, x.dtype, x.device) for x in given]))
         except AttributeError:  # of what is no tensor
-            fits = False
+            given, fits = tensors, False
         if not fits:
-            _check(pattern, signature, tensors)
-        results = _products(signature, tensors)
+            _check(pattern, signature, given)
+        results = _products(signature, given)
     else:
         _check(pattern, signature, tensors)
-        results = contract(typed, tensors, env, Label("einsum", pattern))
+        compute = None if env.precision is None else env.precision.compute
+        results = contract(typed, tensors, env, Label("einsum", pattern), compute=compute)
     return results[0] if len(results) == 1 else results
 
 

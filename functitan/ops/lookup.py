@@ -25,7 +25,7 @@ from functitan.sharding.contraction import Contraction, Term
 from functitan.sharding.layout import Layout, check_leaves, local_shape, whole
 from functitan.sharding.mesh import is_size
 from functitan.sharding.plan import Plan, plan
-from functitan.sharding.steps import Label, run_step
+from functitan.sharding.steps import Label, run_step, settle
 
 
 def take(pattern: str, indices: Tensor, table: Tensor) -> Tensor:
@@ -41,9 +41,9 @@ def take(pattern: str, indices: Tensor, table: Tensor) -> Tensor:
     """
     ids, rows, result = _parse(pattern, f"take({pattern!r})")
     check_operands(f"take({pattern!r})", Operand("indices", indices, ids, "int"), Operand("table", table, rows))
-    return _lookup(
-        "take", _Types(Type(ids), Type(rows), Type(result)), indices, table, current(), Label("take", pattern), ()
-    )
+    env, types = current(), _Types(Type(ids), Type(rows), Type(result))
+    dtype = env.precision.compute if env.precision is not None and table.is_floating_point() else None
+    return _lookup("take", types, indices, table, env, Label("take", pattern), (), dtype=dtype)
 
 
 def select(pattern: str, x: Tensor, index: int | Tensor) -> Tensor:
@@ -148,6 +148,7 @@ class _Static(NamedTuple):
     full: Contraction
     plan: Plan
     label: Label
+    dtype: torch.dtype  # of the result
 
 
 def _lookup(
@@ -159,12 +160,11 @@ def _lookup(
     label: Label,
     known: tuple[tuple[str, int], ...],
     own: Layout | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    axes = types.axes
+    axes, dtype = types.axes, dtype or x.dtype
     if env.mesh is None:
-        return (
-            take_rows(axes, indices, x) if kind == "take" else put_rows(axes, indices, x, dict(known)[axes.looked_up])
-        )
+        return take_rows(axes, indices, x).to(dtype)
     if kind == "put":  # each position of the indices' hidden axes has a table of its own
         x = lift(types.result, x, hidden_axes(indices, env), env, label)
     source, target = (types.table, types.result) if kind == "take" else (types.result, types.table)
@@ -176,7 +176,7 @@ def _lookup(
     fixed = Fixed(
         tuple((dim, axis) for axis, dims in zip(table.axes, table.dims, strict=True) for dim in dims), (axes.looked_up,)
     )
-    static = _Static(kind, types, full, plan(full, env.mesh.sizes, fixed), label)
+    static = _Static(kind, types, full, plan(full, env.mesh.sizes, fixed), label, dtype)
     return apply(Call(_LOOKUP, env, static, *hidden), indices, x)[0]
 
 
@@ -201,12 +201,12 @@ def _run(call: Call, *tensors: Tensor) -> tuple[Tensor]:
     inside = (local >= 0) & (local < size) if shards else None
     local = local if inside is None else local.clamp(0, size - 1)
     if static.kind == "take":
-        out = take_rows(full, local, moved[1], inside)
+        out = take_rows(full, local, moved[1], inside).to(static.dtype)
+        own = static.dtype
     else:
-        out = put_rows(full, local, moved[1], size, inside)
-    for step in group.steps:
-        out = run_step(out, step, call.env, static.label)
-    return (out,)
+        own = moved[1].dtype
+        out = put_rows(full, local, moved[1].to(torch.promote_types(own, static.dtype)), size, inside)
+    return (settle(out, own, static.dtype, group.steps, call.env, static.label),)
 
 
 def _vjp(call: Call, tensors: tuple[Tensor, ...], _: Any, grads: tuple[Tensor | None, ...], wanted: tuple[int, ...]):
@@ -214,13 +214,16 @@ def _vjp(call: Call, tensors: tuple[Tensor, ...], _: Any, grads: tuple[Tensor | 
     assert wanted == (1,) and grads[0] is not None, "indices have no cotangent"
     back = "put" if static.kind == "take" else "take"
     own = static.full.operands[1] if back == "put" else None
-    return (_lookup(back, static.types, tensors[0], grads[0], call.transposed(), static.label, static.full.sizes, own),)
+    label, known = static.label, static.full.sizes
+    x = _lookup(back, static.types, tensors[0], grads[0], call.transposed(), label, known, own, tensors[1].dtype)
+    return (x,)
 
 
 def _jvp(call: Call, tensors: tuple[Tensor, ...], _: Any, given: tuple[Tensor | None, ...]):
     static: _Static = call.static
     assert given[1] is not None
-    return (_lookup(static.kind, static.types, tensors[0], given[1], call.env, static.label, static.full.sizes),)
+    label, known = static.label, static.full.sizes
+    return (_lookup(static.kind, static.types, tensors[0], given[1], call.env, label, known, dtype=static.dtype),)
 
 
 def _show(call: Call, hidden: Hidden, operands: tuple[bool, bool], results: tuple[bool]) -> _Static:

@@ -19,29 +19,32 @@ from functitan.ops.function import vmaps_around
 from functitan.ops.operands import Operand, check_operands
 from functitan.ops.reduce import broadcast, reduce
 from functitan.ops.types import Type, layout_here
-from functitan.sharding.context import current
+from functitan.sharding.context import current, using
+from functitan.sharding.precision import widened
 from functitan.sharding.steps import Label
 
 
 def rms_norm(pattern: str, x: Tensor, scale: Tensor, *, eps: float = 1e-5) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * scale over the scale's one axis: `"batch seq embed, embed"`.
 
-    The mean is taken in float32 or better; the result has the dtype of `x`. Zhang and Sennrich, Root Mean Square Layer
-    Normalization, 2019. Raises `PatternError`.
+    The mean is taken in float32 or better; the result has the dtype of `x`. Under `ft.precision` the
+    product with the scale, too, and only then is it rounded. Zhang and Sennrich, Root Mean Square Layer Normalization,
+    2019. Raises `PatternError`.
 
     >>> rms_norm("batch embed, embed", torch.tensor([[3.0, 4.0]]), torch.ones(2), eps=0.0)
     tensor([[0.8485, 1.1314]])
     """
     axes, own = _checked("rms_norm", pattern, x, eps, scale=scale)
-    x = _lifted("rms_norm", pattern, axes, x)
+    x, dtype = _lifted("rms_norm", pattern, axes, x), _dtype(x)
     if _holds_rows(axes, own, x):
+        x = widened(x, current().precision)
         if current().mesh is None:
-            return functional.rms_norm(x, scale.shape, scale.to(x.dtype), eps)
+            return functional.rms_norm(x, scale.shape, scale.to(dtype).to(x.dtype), eps).to(dtype)
         normal = functional.rms_norm(x, x.shape[-1:], eps=eps)
     else:
         high = x if x.dtype == torch.float64 else x.float()
-        normal = (high * _spread(axes, own, torch.rsqrt(_mean(axes, own, high * high) + eps))).to(x.dtype)
-    return normal * _wide(axes, own, scale).to(x.dtype)
+        normal = _kept(high * _spread(axes, own, torch.rsqrt(_mean(axes, own, high * high) + eps)), dtype)
+    return (normal * _wide(axes, own, scale).to(normal.dtype)).to(dtype)
 
 
 def layer_norm(pattern: str, x: Tensor, scale: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
@@ -56,19 +59,31 @@ def layer_norm(pattern: str, x: Tensor, scale: Tensor, bias: Tensor | None = Non
     tensor([[-1.,  2.]])
     """
     axes, own = _checked("layer_norm", pattern, x, eps, scale=scale, bias=bias)
-    x = _lifted("layer_norm", pattern, axes, x)
+    x, dtype = _lifted("layer_norm", pattern, axes, x), _dtype(x)
     if _holds_rows(axes, own, x):
+        x = widened(x, current().precision)
         if current().mesh is None:
-            own_bias = None if bias is None else bias.to(x.dtype)
-            return functional.layer_norm(x, scale.shape, scale.to(x.dtype), own_bias, eps)
+            of = lambda y: None if y is None else y.to(dtype).to(x.dtype)
+            return functional.layer_norm(x, scale.shape, of(scale), of(bias), eps).to(dtype)
         normal = functional.layer_norm(x, x.shape[-1:], eps=eps)
     else:
         high = x if x.dtype == torch.float64 else x.float()
         centred = high - _spread(axes, own, _mean(axes, own, high))
         inverse = torch.rsqrt(_mean(axes, own, centred * centred) + eps)
-        normal = (centred * _spread(axes, own, inverse)).to(x.dtype)
-    scaled = normal * _wide(axes, own, scale).to(x.dtype)
-    return scaled if bias is None else scaled + _wide(axes, own, bias).to(x.dtype)
+        normal = _kept(centred * _spread(axes, own, inverse), dtype)
+    scaled = normal * _wide(axes, own, scale).to(normal.dtype)
+    return (scaled if bias is None else scaled + _wide(axes, own, bias).to(normal.dtype)).to(dtype)
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    """The dtype of the result."""
+    precision = current().precision
+    return x.dtype if precision is None else precision.compute
+
+
+def _kept(normal: Tensor, dtype: torch.dtype) -> Tensor:
+    """Under a precision the product with the scale is in float32 too, and only then is it rounded."""
+    return normal if current().precision is not None else normal.to(dtype)
 
 
 def _lifted(op: str, pattern: str, axes: Axes, x: Tensor) -> Tensor:
@@ -84,11 +99,13 @@ def _holds_rows(axes: Axes, own: str, x: Tensor) -> bool:
 
 
 def _mean(axes: Axes, own: str, x: Tensor) -> Tensor:
-    return reduce(f"{write_axes(axes)} -> {_rows(axes, own)}", x, op="mean")
+    with using(current()._replace(precision=None)):
+        return reduce(f"{write_axes(axes)} -> {_rows(axes, own)}", x, op="mean")
 
 
 def _spread(axes: Axes, own: str, x: Tensor) -> Tensor:
-    return broadcast(f"{_rows(axes, own)} -> {write_axes(axes)}", x)
+    with using(current()._replace(precision=None)):
+        return broadcast(f"{_rows(axes, own)} -> {write_axes(axes)}", x)
 
 
 def _wide(axes: Axes, own: str, x: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class Operand(NamedTuple):
 def check_operands(what: str, *operands: Operand, alike: bool = False) -> None:
     """Raise `PatternError` for operands that are no tensors, or whose rank, dtype or sizes the call cannot have.
 
-    With `alike` those that hold no integers share one dtype and device. On a mesh sizes are compared as global ones.
+    With `alike` those that hold no integers share one device and, unless `ft.precision` casts them, dtype. On a mesh sizes are compared as global ones.
 
     >>> import torch
     >>> check_operands("take", Operand("indices", torch.ones(2), ("batch", "seq"), "int"))
@@ -45,7 +45,7 @@ def check_operands(what: str, *operands: Operand, alike: bool = False) -> None:
     tensors = [operand for operand in operands if isinstance(operand.x, Tensor)]
     same = [operand for operand in tensors if operand.kind not in _INTEGERS]
     for of in (_dtype, _device) if alike else ():
-        if len({of(operand.x) for operand in same}) > 1:
+        if len({_dtype_used(operand.x) if of is _dtype else of(operand.x) for operand in same}) > 1:
             kinds = ", ".join(f"{operand.name}: {of(operand.x)}" for operand in same)
             found.append((kinds, f"cast by x.to(...), so that all have one {of.__name__.strip('_')}"))
     found += _sizes_differ(tuple(operand for operand in tensors if operand.x.dim() == len(operand.axes)))
@@ -64,7 +64,7 @@ def _fits(operands: tuple[Operand, ...], alike: bool) -> bool:
         if not isinstance(x, Tensor) or x.dim() != len(axes) or not _holds(x, kind):
             return False
         if kind not in _INTEGERS:
-            kinds.add((x.dtype, x.device))
+            kinds.add((_dtype_used(x), x.device))
         for axis, size in zip(axes, x.shape, strict=True):
             if sizes.setdefault(axis, size) != size:
                 return False
@@ -107,6 +107,12 @@ def _sizes_differ(operands: tuple[Operand, ...]) -> list[tuple[str, str]]:
                     (f"axis {axis!r} is {shown} in {name}, but {where}", _FIX_SHARDS if env.mesh else _FIX_SIZES)
                 )
     return found
+
+
+def _dtype_used(x: Tensor) -> torch.dtype:
+    """The dtype that the op will see."""
+    precision = current().precision
+    return precision.compute if precision is not None and x.is_floating_point() else x.dtype
 
 
 def _dtype(x: Tensor) -> str:

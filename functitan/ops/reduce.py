@@ -22,6 +22,7 @@ from functitan.ops.types import Type, global_sizes, resolve
 from functitan.sharding.context import Env, current
 from functitan.sharding.contraction import Contraction, Term
 from functitan.sharding.mesh import is_size
+from functitan.sharding.precision import in_compute, widened
 from functitan.sharding.steps import Label
 
 _OPS = ("sum", "mean", "max", "logsumexp")
@@ -44,6 +45,7 @@ def reduce(pattern: str, x: Tensor, op: str = "sum") -> Tensor:
         )
     check_operands(f"reduce({pattern!r}, op={op!r})", Operand("x", x, axes, "any" if op == "sum" else "float"))
     env, label = current(), Label("reduce", pattern)
+    x = x if op == "max" else widened(x, env.precision)
     if op == "sum":
         return _sum(axes, result, x, env, label)
     if op == "mean":
@@ -73,12 +75,14 @@ def broadcast(pattern: str, x: Tensor, **sizes: int) -> Tensor:
         fix = "ft.broadcast gives new axes, and sizes to these alone; ft.reduce takes axes away"
         raise PatternError(report(f"broadcast({pattern!r})", problems, fix))
     if env.mesh is None:
+        (x,) = in_compute((x,), env.precision)
         return product((axes,), result, (x,), tuple((axis, sizes.get(axis, 1)) for axis in new))
     x = lift(Type(axes), x, vmaps_around(env), env, label)  # it will meet tensors of each example
     typed = _contraction(axes, result)
     (layout,) = resolve(typed._replace(sizes=tuple((axis, 0) for axis in new)), (x,), env, label)[0].results
     known = tuple((axis, sizes.get(axis, env.mesh.sizes.size(layout.of(axis)))) for axis in new)
-    return contract(typed._replace(sizes=known), (x,), env, label)[0]
+    compute = None if env.precision is None else env.precision.compute
+    return contract(typed._replace(sizes=known), (x,), env, label, compute=compute)[0]
 
 
 def _sum(axes: Axes, result: Axes, x: Tensor, env: Env, label: Label) -> Tensor:

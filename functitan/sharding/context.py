@@ -1,4 +1,4 @@
-"""What a named op knows besides its tensors: mesh, rules, the phase, the hidden vmap axes, the ledger.
+"""What a named op knows besides its tensors: mesh, rules, the phase, hidden vmap axes, precision, the ledger.
 
 Invariant: an `Env` is an immutable value. An op reads it once, when it is called, and keeps it: backward and
 recomputation read the kept one, because they may run on another thread, where the context is empty.
@@ -20,6 +20,7 @@ from functitan.sharding.distributed import mesh_of
 from functitan.sharding.layout import Layout, layout_of
 from functitan.sharding.ledger import Entry, Ledger, Taps
 from functitan.sharding.mesh import Mesh, MeshSizes, Transport
+from functitan.sharding.precision import Precision
 from functitan.sharding.program import user_line
 from functitan.sharding.rules import AxisRules, check_rules
 
@@ -37,6 +38,7 @@ class Env(NamedTuple):
     taps: Taps | None = None
     checked: bool = False  # ranks compare programs before they communicate
     line: str = ""  # the user's, where an op was called; only while checked
+    precision: Precision | None = None  # none: dtypes are left as they are
 
     def layout(self, axes: tuple[str, ...]) -> Layout:
         """The layout of a pattern here; only where there is a mesh."""

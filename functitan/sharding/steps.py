@@ -15,6 +15,7 @@ from torch import Tensor
 from functitan.sharding.context import Env
 from functitan.sharding.ledger import FORMULAS
 from functitan.sharding.moves import Step, View
+from functitan.sharding.precision import narrowed
 from functitan.sharding.program import describe
 from functitan.sharding.rules import Dims
 
@@ -42,6 +43,28 @@ def run_step(
     else:
         out = reduced(_scattered_first(x, shape, step), step, env, label, op, dtype)
     return _merged(out, step, after)
+
+
+def settle(
+    x: Tensor,
+    own: torch.dtype,
+    goal: torch.dtype,
+    steps: tuple[Step, ...],
+    env: Env,
+    label: Label,
+    op: str = "sum",
+) -> Tensor:
+    """Bring a local result, computed in dtype `own`, to its layout and the dtype `goal`, by the steps of a plan.
+
+    Sums over ranks run in what `env.precision` gives for `own`, and stay in it until the next or the end.
+    """
+    for step in steps:
+        if step.kind in ("all_gather", "all_to_all"):
+            x = narrowed(x, goal)
+        elif step.kind != "slice" and op == "sum" and env.precision is not None and own.is_floating_point:
+            x = x.to(env.precision.reduces(step.dims, own))
+        x = run_step(x, step, env, label, op)
+    return x.to(goal)
 
 
 def _framed(x: Tensor, step: Step) -> tuple[list[int], list[int]]:
