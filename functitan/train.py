@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from functitan import random, tree
 from functitan.errors import FunctitanError, check_function, report
-from functitan.optim import ClipState, GradientTransformation, apply_updates
+from functitan.optim import ClipState, GradientTransformation, apply_updates, loss_scale
 from functitan.optim.finite import check_policy, guarded
 from functitan.optim.transform import check_transformations
 from functitan.sharding.context import as_mesh, current, spmd, using
@@ -88,6 +88,7 @@ def train_step(
     donate: bool = True,
     accumulate: int | None = None,
     *,
+    gradients: AxisRules | None = None,
     check: bool | str = "first",
     nonfinite: str = "raise",
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]:
@@ -95,15 +96,17 @@ def train_step(
 
     Gradients are those of sum / count; the function may give `((sum, count), aux)` too. `batch` holds this rank's
     shards (`ft.shard`). Metrics are tensors, equal on every rank: "loss", "count", "grad_norm" where the optimizer
-    clips by it, and "aux" where there is one. With `donate` the state's buffers are updated in place, and the old state
-    raises `DonatedError` if it is used again. `accumulate` is the number of microbatches that the batch is computed in,
-    with one reduction for each weight: see `ft.accumulate`. Runs on the state's mesh unless called inside `ft.spmd`.
+    clips by it, "loss_scale" where it scales the loss (`ft.optim.dynamic_loss_scale`), and "aux" where there is one.
+    With `donate` the state's buffers are updated in place, and the old state raises `DonatedError` if it is used again.
+    `accumulate` is the number of microbatches that the batch is computed in, with one reduction for each weight: see
+    `ft.accumulate`. `gradients` is the table for the layout of gradients, that of `ft.optim.stored(tx, rules=...,
+    gradients=...)`: ZeRO-2. Runs on the state's mesh unless called inside `ft.spmd`.
 
     `check`: in which steps ranks compare programs and values (`ft.checked`, `ft.check_equal`): the "first" that this
     function makes on a mesh, all (`True`), or none. `nonfinite`: with NaN or infinity in loss or gradients, on any
     rank, "raise" a `NonFiniteError` and leave the state as it was, valid; "skip" the update, so that only the state's
     step advances and the metric "skipped" is 1; or "ignore" it. The first two cost one pass over the gradients, an
-    all-reduce of 4 bytes, and on an accelerator a wait for it.
+    all-reduce of 4 bytes, and on an accelerator a wait for it. An optimizer that scales the loss skips by itself.
 
     >>> import functitan as ft
     >>> def loss(params, batch, key):
@@ -124,33 +127,46 @@ def train_step(
     seen: WeakSet[Any] = WeakSet()  # of meshes that had their first step
     known: list[Any] = []  # structures of optimizer states that are this optimizer's
 
-    def mean_loss(params: tree.Tree, batch: Any, key: Tensor) -> tuple[Tensor, Any]:
-        (total, count), aux = split_loss(loss_fn(params, batch, key), "ft.train_step")
-        counted = count_of(count, total).clamp(min=1)
-        return total / counted, (counted, aux)
+    def scaled_loss(scale: Tensor | None) -> Callable[..., Any]:
+        def scaled(params: tree.Tree, batch: Any, key: Tensor) -> Any:
+            (total, count), aux = split_loss(loss_fn(params, batch, key), "ft.train_step")
+            return (total * scale, count), aux
 
-    def gradients(patterns: tree.Tree) -> Callable[..., Any]:
-        if accumulate is None:
-            return value_and_grad(mean_loss, has_aux=True)
-        return over_microbatches(loss_fn, accumulate, patterns=patterns)
+        return loss_fn if scale is None else scaled
 
-    gradients(None)  # so that a bad number is named here
+    def with_gradients(scale: Tensor | None, patterns: tree.Tree) -> Callable[..., Any]:
+        loss = scaled_loss(scale)
+        if accumulate is not None or gradients is not None:
+            return over_microbatches(loss, accumulate or 1, patterns=patterns, to_rules=gradients)
+
+        def mean_loss(params: tree.Tree, batch: Any, key: Tensor) -> tuple[Tensor, Any]:
+            (total, count), aux = split_loss(loss(params, batch, key), "ft.train_step")
+            counted = count_of(count, total).clamp(min=1)
+            return total / counted, (counted, aux)
+
+        return value_and_grad(mean_loss, has_aux=True)
+
+    with_gradients(None, None)  # so that a bad number is named here
 
     def run(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         key = random.fold_in(state.key, state.step)
         patterns = tree.map(lambda param: param.pattern, state.declarations)
-        (loss, (count, aux)), grads = gradients(patterns)(state.params, batch, key)
+        scale = loss_scale(state.opt_state)
+        (loss, (count, aux)), grads = with_gradients(scale, patterns)(state.params, batch, key)
+        loss = loss if scale is None else loss / scale
         if current().checked:
-            check_step(loss, count, grads, patterns)
+            with using(current()._replace(rules=gradients or current().rules)):
+                check_step(loss, count, grads, patterns)
 
         def update(donate: bool) -> tuple[tree.Tree, tree.Tree]:
             updates, opt_state = tx.update(grads, state.opt_state, state.params, patterns=patterns, donate=donate)
             return apply_updates(state.params, updates, donate=donate), opt_state
 
-        old = (state.params, state.opt_state)
+        old, policy = (state.params, state.opt_state), nonfinite if scale is None else "ignore"
         with using(current()._replace(phase="update")), torch.no_grad():
-            new, skipped = guarded(nonfinite, loss, grads, state.step, old, update, donate)
+            new, skipped = guarded(policy, loss, grads, state.step, old, update, donate)
         metrics = {"loss": loss, "count": count, **_norms(new[1]), **({} if aux is None else {"aux": aux}), **skipped}
+        metrics |= {} if scale is None else {"loss_scale": scale}
         params, opt_state = _renewed(old, new, state.step) if donate else new
         return replace(state, params=params, opt_state=opt_state, step=state.step + 1), metrics
 
@@ -177,9 +193,10 @@ def _due(check: bool | str, mesh: Mesh | None, seen: WeakSet[Any]) -> bool:
 
 def _norms(opt_state: Any) -> dict[str, Tensor]:
     """The gradient's norm, where a clip measured it."""
-    states = opt_state if isinstance(opt_state, tuple) else (opt_state,)
-    norms = [state.norm for state in states if isinstance(state, ClipState)]
-    return {"grad_norm": norms[0]} if norms else {}
+    if isinstance(opt_state, ClipState):
+        return {"grad_norm": opt_state.norm}
+    inside = map(_norms, opt_state) if isinstance(opt_state, tuple) else ()
+    return next((norms for norms in inside if norms), {})
 
 
 def _check_tables(declarations: tree.Tree) -> None:

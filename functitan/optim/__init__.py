@@ -5,9 +5,11 @@ from functitan.optim.adam import AdamState, adamw, scale_by_adam
 from functitan.optim.clip import ClipState, clip_by_block_rms, clip_by_global_norm
 from functitan.optim.factored import FactoredState, scale_by_factored_rms
 from functitan.optim.lion import LionState, lion, scale_by_lion
+from functitan.optim.loss_scale import LossScaleState, dynamic_loss_scale, loss_scale
 from functitan.optim.masked import masked, multi_transform
 from functitan.optim.muon import muon, orthogonalized, scale_by_muon
 from functitan.optim.norms import global_norm
+from functitan.optim.rounded import RoundedState, bfloat16_state, stochastic_round
 from functitan.optim.schedules import (
     Schedule,
     constant,
@@ -37,23 +39,28 @@ __all__ = [
     "FactoredState",
     "GradientTransformation",
     "LionState",
+    "LossScaleState",
     "MomentumState",
+    "RoundedState",
     "Schedule",
     "ScheduleState",
     "adafactor",
     "adamw",
     "add_decayed_weights",
     "apply_updates",
+    "bfloat16_state",
     "chain",
     "clip_by_block_rms",
     "clip_by_global_norm",
     "constant",
     "cosine",
     "decay_matrices",
+    "dynamic_loss_scale",
     "global_norm",
     "identity",
     "linear",
     "lion",
+    "loss_scale",
     "masked",
     "multi_transform",
     "muon",
@@ -69,6 +76,7 @@ __all__ = [
     "scale_by_param_block_rms",
     "sgd",
     "stored",
+    "stochastic_round",
     "warmup_cosine",
     "warmup_stable_decay",
 ]
