@@ -44,7 +44,7 @@ def test_what_bfloat16_holds_is_kept():
 
 
 def test_a_slow_average_moves():
-    """nu of Adam with b2 = 0.999 moves by 1e-3 of what is missing: less than the 4e-3 that rounding to nearest needs."""
+    """nu of Adam with b2 = 0.999 moves by 1e-3 of what is missing: less than rounding to nearest needs."""
     params, steps = {"w": torch.zeros(1024)}, 300
     tx = ft.optim.bfloat16_state(ft.optim.scale_by_adam(0.9, 0.999))
     state, near = tx.init(params), torch.ones(1024, dtype=BF16)

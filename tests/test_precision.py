@@ -212,6 +212,19 @@ def test_explain_predicts_what_is_recorded():
     assert list(recorded) == list(ft.explain(ft.value_and_grad(fn), *args, **options))
 
 
+def on_gloo(reduce):
+    return bits_of(gradients(ft.make_mesh(fsdp=2), ft.precision(mean_loss, reduce=reduce)))
+
+
+def test_two_processes_give_the_bits_of_two_threads():
+    """Two ranks' sums have one order."""
+    for reduce in (F32, BF16):
+        found = ft.launch(on_gloo, reduce, nprocs=2)
+        assert found == [
+            bits_of(each) for each in ft.simulate(fsdp=2)(gradients)(ft.precision(mean_loss, reduce=reduce))
+        ]
+
+
 def rank_gradients(mesh, fn):
     params = ft.init(llama.params(TINY), ft.random.key(0), mesh=mesh, rules=llama.RULES)
     batch = ft.shard(data(TINY, 4, 16), "batch seq", mesh=mesh, rules=llama.RULES)
