@@ -22,6 +22,7 @@ from functitan.ops.types import Type, resolve
 from functitan.sharding.context import current
 from functitan.sharding.contraction import Contraction, Term
 from functitan.sharding.mesh import is_size
+from functitan.sharding.precision import in_compute
 from functitan.sharding.steps import Label
 
 
@@ -68,7 +69,7 @@ def linear_cross_entropy(
     if chunk is not None and not is_size(chunk):
         raise PatternError(report(what, [f"chunk is {chunk!r}"], "give the number of rows of a chunk, at least 1"))
     env = current().on_one_rank((*axes.x, axes.vocab))
-    given, rows = labels, Type(axes.rows)
+    (x,), given, rows = in_compute((x,), env.precision), labels, Type(axes.rows)  # the weight follows x, on its shard
     every = tuple(sorted({hidden for tensor in (x, w, labels) for hidden in hidden_axes(tensor, env)}))
     x, labels = lift(Type(axes.x), x, every, env, label), lift(rows, labels, every, env, label)
     types = Type(axes.x), Type(axes.w), rows

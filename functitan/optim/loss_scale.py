@@ -13,13 +13,11 @@ from torch import Tensor
 
 from functitan import tree
 from functitan.errors import FunctitanError, report
+from functitan.optim.finite import any_nonfinite
 from functitan.optim.kernels import copy_, owned, scale_
 from functitan.optim.state import scalar_beside
 from functitan.optim.transform import GradientTransformation
 from functitan.param import Param, constant
-from functitan.sharding.context import Env, current
-from functitan.sharding.moves import Step
-from functitan.sharding.steps import Label, run_step
 
 
 class LossScaleState(NamedTuple):
@@ -69,7 +67,7 @@ def dynamic_loss_scale(
         grads, structure = tree.flatten(updates)
         grads = owned(grads, donate)
         scale_(grads, 1 / state.scale)
-        bad = _any_nonfinite(grads, current())
+        bad = any_nonfinite(grads)
         changes, inner = transformation.update(tree.unflatten(structure, grads), state.inner, params, patterns=patterns)
         changes = tree.map(lambda x: torch.where(bad, torch.zeros_like(x), x), changes)
         inner = tree.map(lambda old, new: torch.where(bad, old, new), state.inner, inner)
@@ -87,13 +85,3 @@ def dynamic_loss_scale(
 def loss_scale(opt_state: Any) -> Tensor | None:
     """The scale `[]` to multiply the loss by, of an optimizer's state; `None` where nothing scales it."""
     return opt_state.scale if isinstance(opt_state, LossScaleState) else None
-
-
-def _any_nonfinite(leaves: list[Tensor], env: Env) -> Tensor:
-    """bool `[]`, equal on all ranks."""
-    bad = ~torch.stack([x.isfinite().all() for x in leaves]).all()
-    dims = tuple(dim for dim in env.mesh.sizes.dims if env.mesh.sizes.size((dim,)) > 1) if env.mesh is not None else ()
-    if not dims:
-        return bad
-    env = env._replace(phase="update")
-    return run_step(bad.float(), Step("all_reduce", dims), env, Label("loss_scale", ""), "max") > 0

@@ -6,6 +6,7 @@ alone, so every mesh rounds alike; what is computed is computed in the state's o
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,14 +14,14 @@ from torch import Tensor
 
 from functitan import random, tree
 from functitan.axes import parse_axes
-from functitan.errors import FunctitanError, PatternError, report
-from functitan.ops.move import axes_of
+from functitan.errors import FunctitanError, report
 from functitan.optim.kernels import copy_
+from functitan.optim.patterns import leaves_of
 from functitan.optim.state import scalar_beside
 from functitan.optim.transform import GradientTransformation
 from functitan.param import Param, zeros
 from functitan.sharding.context import Env, current
-from functitan.sharding.layout import block_of, check_rank, global_shape
+from functitan.sharding.layout import block_of, layout_of, table_of
 
 
 class RoundedState(NamedTuple):
@@ -92,7 +93,8 @@ def stochastic_round(x: Tensor, bits: Tensor) -> Tensor:
 def _rounded(x: Tensor, key: Tensor, param: Param, env: Env) -> Tensor:
     axes, block = parse_axes(param.pattern), None
     if env.mesh is not None and env.rules is not None and not any(axis not in env.rules for axis in axes):
-        block = block_of(env.layout(axes), param.shape, env.mesh)  # unnamed axes have no rule: equal on every rank
+        layout = layout_of(axes, table_of(param, env.rules), env.mesh.sizes)
+        block = block_of(layout, param.shape, env.mesh)  # numbered axes have no rule: equal on every rank
     return stochastic_round(x.contiguous(), random.bits(key, param.shape, block=block))
 
 
@@ -103,24 +105,14 @@ def _is_rounded(leaf: Any) -> bool:
 def _low(leaf: Any) -> Any:
     if not _is_rounded(leaf):
         return leaf
-    return Param(leaf.pattern, leaf.shape, zeros, torch.bfloat16) if isinstance(leaf, Param) else leaf.bfloat16()
+    return replace(leaf, dtype=torch.bfloat16) if isinstance(leaf, Param) else leaf.bfloat16()
 
 
 def _declared(updates: tree.Tree, patterns: tree.Tree | None, env: Env) -> tree.Tree:
     """The parameters' declarations, global: the transformation makes those of its state from them."""
-    if patterns is None and env.mesh is not None and env.mesh.sizes.size(env.mesh.sizes.dims) > 1:
-        raise PatternError(report("bfloat16_state on a mesh", ["patterns is None"], _FIX_PATTERNS))
     leaves, structure = tree.flatten(updates)
-    known = map(axes_of, tree.broadcast_prefix(patterns, updates, "patterns"))
-    declared = []
-    for path, x, axes in zip(tree.paths(updates), leaves, known, strict=True):
-        if axes is None:  # equal on every rank
-            declared.append(Param(" ".join(f"unnamed{i}" for i in range(x.dim())), tuple(x.shape), zeros, x.dtype))
-            continue
-        check_rank(axes, tuple(x.shape), path)
-        shape = tuple(x.shape) if env.mesh is None else global_shape(env.layout(axes), tuple(x.shape), env.mesh.sizes)
-        declared.append(Param(" ".join(axes), shape, zeros, x.dtype))
+    declared = [
+        Param(leaf.pattern, leaf.global_shape(tuple(x.shape)), zeros, x.dtype)
+        for leaf, x in zip(leaves_of("bfloat16_state", updates, patterns, env), leaves, strict=True)
+    ]
     return tree.unflatten(structure, declared)
-
-
-_FIX_PATTERNS = "say how each leaf is sharded: tx.update(grads, state, params, patterns=patterns)"
