@@ -67,8 +67,9 @@ def add_gradients(
             return value, aux, [total + g.to(total.dtype) for total, g in zip(sums, grads, strict=True)]
         with torch.enable_grad():
             inputs = [leaf.detach().requires_grad_() for leaf in leaves]
-            value, aux = fn(*map(_AddInto.apply, inputs, sums))
-            _check_value(value, True)
+            out = fn(*map(_AddInto.apply, inputs, sums))
+            _check_value(out, True)
+            value, aux = out
         if value.requires_grad:
             torch.autograd.grad(value, inputs, allow_unused=True)  # unused: what the sums took went no further
         return value.detach(), _detached(aux), sums

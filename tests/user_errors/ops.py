@@ -205,12 +205,13 @@ be
           Fix: write 'batch seq embed, embed'""",
     ),
     "a bias of another size, and of integers": (
-        lambda: ft.layer_norm("batch embed, embed", X, V[:3], torch.ones(4, dtype=torch.int64)),
+        lambda: ft.layer_norm("batch embed, embed", X, V[:3], IDS),
         ft.PatternError,
         """\
         layer_norm('batch embed, embed'):
           - bias: dtype int64, where floating-point numbers are wanted
           - axis 'embed' is 3 in scale, but 4 in x
+          - axis 'embed' is 2 in bias, but 4 in x
           Fix: cast by x.float(); give each axis one size, in every operand""",
     ),
     "a dropout of everything": (
