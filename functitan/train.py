@@ -127,20 +127,17 @@ def train_step(
     seen: WeakSet[Any] = WeakSet()  # of meshes that had their first step
     known: list[Any] = []  # structures of optimizer states that are this optimizer's
 
-    def scaled_loss(scale: Tensor | None) -> Callable[..., Any]:
-        def scaled(params: tree.Tree, batch: Any, key: Tensor) -> Any:
-            (total, count), aux = split_loss(loss_fn(params, batch, key), "ft.train_step")
-            return (total * scale, count), aux
-
-        return loss_fn if scale is None else scaled
-
     def with_gradients(scale: Tensor | None, patterns: tree.Tree) -> Callable[..., Any]:
-        loss = scaled_loss(scale)
+        def scaled(params: tree.Tree, batch: Any, key: Tensor) -> tuple[tuple[Tensor, Any], Any]:
+            (total, count), aux = split_loss(loss_fn(params, batch, key), "ft.train_step")
+            return (total if scale is None else total * scale, count), aux
+
         if accumulate is not None or gradients is not None:
-            return over_microbatches(loss, accumulate or 1, patterns=patterns, to_rules=gradients)
+            k = 1 if accumulate is None else accumulate
+            return over_microbatches(scaled, k, patterns=patterns, to_rules=gradients)
 
         def mean_loss(params: tree.Tree, batch: Any, key: Tensor) -> tuple[Tensor, Any]:
-            (total, count), aux = split_loss(loss(params, batch, key), "ft.train_step")
+            (total, count), aux = scaled(params, batch, key)
             counted = count_of(count, total).clamp(min=1)
             return total / counted, (counted, aux)
 

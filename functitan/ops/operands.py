@@ -29,7 +29,8 @@ class Operand(NamedTuple):
 def check_operands(what: str, *operands: Operand, alike: bool = False) -> None:
     """Raise `PatternError` for operands that are no tensors, or whose rank, dtype or sizes the call cannot have.
 
-    With `alike` those that hold no integers share one device and, unless `ft.precision` casts them, dtype. On a mesh sizes are compared as global ones.
+    With `alike` those that hold no integers share one device and, unless `ft.precision` casts them, one dtype. On a
+    mesh sizes are compared as global ones.
 
     >>> import torch
     >>> check_operands("take", Operand("indices", torch.ones(2), ("batch", "seq"), "int"))

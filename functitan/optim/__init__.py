@@ -75,8 +75,8 @@ __all__ = [
     "scale_by_muon",
     "scale_by_param_block_rms",
     "sgd",
-    "stored",
     "stochastic_round",
+    "stored",
     "warmup_cosine",
     "warmup_stable_decay",
 ]

@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from functitan.axes import Axes, parse_axes, write_axes
 from functitan.errors import FunctitanError, LayoutError, PatternError, RulesError, report
-from functitan.param import Param
 from functitan.sharding.mesh import Mesh, MeshSizes
 from functitan.sharding.rules import AxisRules, Dims, check_rules, unknown_names
+
+if TYPE_CHECKING:
+    from functitan.param import Param  # the planner runs without torch
 
 
 class Layout(NamedTuple):
@@ -66,12 +68,13 @@ def whole(axes: Axes) -> Layout:
 
 def axes_of(pattern: str | Param | None) -> Axes | None:
     """The axes of a pattern, a `Param` or `None` (no pattern: equal on every rank)."""
-    return None if pattern is None else parse_axes(pattern.pattern if isinstance(pattern, Param) else pattern)
+    return None if pattern is None else parse_axes(getattr(pattern, "pattern", pattern))
 
 
 def table_of(pattern: str | Param | None, rules: Any) -> Any:
     """The table that a tensor lies under: its declaration's own, or else `rules`."""
-    return pattern.rules if isinstance(pattern, Param) and pattern.rules is not None else rules
+    own = getattr(pattern, "rules", None)
+    return rules if own is None else own
 
 
 def check_rank(axes: Axes, shape: tuple[int, ...], what: str) -> None:
