@@ -23,7 +23,8 @@ TRANSPOSES = {  # functions of ops and collectives whose steps are those of a tr
 # what communicates: a module's private functions that call these do as well
 SENDERS = {"send", "contract", "meet", "run", "run_step"}
 PUBLIC = {"reduce", "broadcast", "constrain", "constrain_like", "where_whole", "reduced"}
-PUBLIC |= {"lift", "all_gather", "reduce_scatter", "all_reduce", "all_to_all", "permute"}
+PUBLIC |= {"move", "lift", "reshard", "spread", "merge", "merge_scalars"}
+PUBLIC |= {"all_gather", "reduce_scatter", "all_reduce", "all_to_all", "permute"}
 WHERE = ("ops", "optim", "nn", "models", "sharding", "transforms", "train")  # where collectives are called
 
 # of a collective or reduction, another one
@@ -90,7 +91,7 @@ def _changes(module: str, tree: ast.Module) -> Iterator[tuple[str, Change]]:
                 *(_steps_of(node) if rules else ()),
                 *(_signs_of(node) if rules == 2 else ()),
             ]
-            changes += _places_of(node) if module.startswith(("ops.", "nn.")) else []
+            changes += _places_of(node) if module.startswith(("ops.", "nn.", "transforms.")) else []
             yield from ((name, change) for change in changes)
 
 
@@ -272,7 +273,7 @@ def _tensor_place(function: ast.FunctionDef) -> int | None:
     """The place of a function's first tensor, or tuple of tensors, among its arguments."""
     for place, argument in enumerate(function.args.args):
         kind = "" if argument.annotation is None else ast.unparse(argument.annotation)
-        if kind in ("Tensor", "torch.Tensor", "tuple[Tensor, ...]") or argument.arg == "x":
+        if kind in ("Tensor", "torch.Tensor", "tuple[Tensor, ...]", "list[Tensor]") or argument.arg in ("x", "values"):
             return place
     return None
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import functitan as ft
+from functitan.testing.sharded import sharded
 
 PATTERN = "batch seq heads head_dim, batch seq heads head_dim"
 
@@ -81,6 +82,24 @@ def test_frozen_operands_cost_no_collective():
     frozen = ft.explain(ft.grad(fn), *args, mesh=dict(fsdp=2), rules=rules)
     backward = lambda ledger: [e.collective for e in ledger if e.phase == "backward"]
     assert backward(both) == ["all_gather", "reduce_scatter"] and backward(frozen) == ["all_gather"]
+
+
+def test_what_only_unused_results_need_costs_no_collective():
+    """Its own op, whose cotangents are all missing, sends nothing; and its gradient is zero."""
+    rules = ft.AxisRules({"batch": "fsdp", "embed": "fsdp", "mlp": None})
+    product = "batch embed, embed mlp, embed mlp -> batch mlp, batch mlp"
+
+    def loss(v, w, x):
+        v, w = (ft.broadcast("embed -> embed mlp", w, mlp=6) for w in (v, w))
+        return ft.reduce("batch mlp ->", ft.einsum(product, x, v, w)[1].square())
+
+    args = torch.arange(8.0), torch.arange(8.0, 16.0), torch.arange(32.0).view(4, 8)
+    patterns = "embed", "embed", "batch embed"
+    run = sharded(ft.grad(loss, argnums=(0, 1)), patterns, patterns[:2], mesh=dict(fsdp=2), rules=rules)
+    of_v, of_w = run(*args)
+    assert not of_v.any() and torch.equal(of_w, ft.grad(loss, argnums=1)(*args))  # whole numbers
+    sent = ft.explain(ft.grad(loss, argnums=(0, 1)), *args, mesh=dict(fsdp=2), rules=rules, patterns=patterns)
+    assert [e.collective for e in sent if e.phase == "backward"] == ["reduce_scatter"]
 
 
 @pytest.mark.parametrize(

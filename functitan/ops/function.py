@@ -186,7 +186,7 @@ class _NamedOp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         wanted = tuple(i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed)
-        if not wanted or all(g is None for g in cotangents):
+        if all(g is None for g in cotangents):  # of a result that only unused results need
             return (None,) * (1 + ctx.num_operands)
         given = dict(zip(wanted, ctx.call.op.vjp(ctx.call, *_saved(ctx), cotangents, wanted), strict=True))
         return (None, *(given.get(i) for i in range(ctx.num_operands)))

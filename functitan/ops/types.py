@@ -35,12 +35,11 @@ class Type(NamedTuple):
     def resolve(self, hidden: Hiddens, env: Env) -> Layout:
         """The full layout, hidden axes first. Inside an `ft.vmap` over an axis, what a pattern shows of it is whole."""
         full = tuple(h.axis for h in hidden) + self.axes
-        if self.layout is not None:  # a hidden axis lies alike in all tensors, so others give way to one that is new
-            new = tuple(h for h in hidden if h.axis not in self.layout.axes)
-            over = dict(zip((h.axis for h in new), env.layout(tuple(h.name or h.axis for h in new)).dims, strict=True))
-            taken = {dim for dims in over.values() for dim in dims}
-            kept = {axis: tuple(d for d in self.layout.of(axis) if d not in taken) for axis in full}
-            return Layout(full, tuple({**kept, **over}[axis] for axis in full))
+        if self.layout is not None:  # a hidden axis lies alike in all tensors, so the others give way to it
+            over = env.layout(tuple(h.name or h.axis for h in hidden)).dims
+            taken = {dim for dims in over for dim in dims}
+            kept = (tuple(d for d in self.layout.of(axis) if d not in taken) for axis in self.axes)
+            return Layout(full, (*over, *kept))
         assert env.mesh is not None
         names = tuple(h.name or h.axis for h in hidden) + self.names(env)
         layout = env.layout(names) if self.rules is None else layout_of(names, self.rules, env.mesh.sizes)

@@ -38,20 +38,8 @@ class Plan(NamedTuple):
     @property
     def is_local(self) -> bool:
         """True when nothing moves: the plain torch operation on the shards is the whole operation."""
-        return not any(self.steps())
-
-    def steps(self) -> list[Step]:
-        """Every step in the order of execution."""
-        done: set[int] = set()
-        steps: list[Step] = []
-        for groups in self.results:
-            for group in groups:
-                used = [index for product in group.products for index in product.moved]
-                for index in dict.fromkeys(used):
-                    steps += [] if index in done else self.moved[index][1]
-                    done.add(index)
-                steps += group.steps
-        return steps
+        of_results = (group.steps for groups in self.results for group in groups)
+        return not any(steps for _, steps in self.moved) and not any(of_results)
 
 
 @lru_cache(maxsize=2**14)  # sizes are part of the key: lengths may vary without end
