@@ -167,11 +167,16 @@ def derivatives(mesh: Any, *given: Any) -> tuple[Any, list[Any]]:
 
 
 def forward_modes(mesh: DeviceMesh, *given: Any) -> list[tuple[Tensor, Tensor]]:
-    """(value, derivative along the direction) by ft.jvp and by torch.func.jvp."""
+    """(value, derivative along the direction) by ft.jvp and by torch.func.jvp; and of some parameters alone."""
     params, direction, x, labels = given
-    of_params = lambda params: loss(params, x, labels)
-    both = lambda: [jvp(of_params, (params,), (direction,)) for jvp in (ft.jvp, torch.func.jvp)]
-    return ft.spmd(both, mesh=mesh, rules=MODEL_RULES)()
+    of = lambda some: loss({**params, **some}, x, labels)
+    asked = (ft.jvp, params, direction), (torch.func.jvp, params, direction), (torch.func.jvp, *some_of(*given[:2]))
+    return ft.spmd(lambda: [jvp(of, (p,), (d,)) for jvp, p, d in asked], mesh=mesh, rules=MODEL_RULES)()
+
+
+def some_of(*trees: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Parameters such that ops have operands, and results, both with a tangent and without."""
+    return [{name: tree[name] for name in ("up", "out")} for tree in trees]
 
 
 def without_torchrun() -> list[float]:
@@ -228,11 +233,12 @@ def test_values_and_gradients_are_those_of_plain_torch(of_pair, sizes: dict[str,
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_true_forward_mode_is_that_of_plain_torch(of_pair, sizes: dict[str, int]):
     params, direction, x, labels = example()
-    wanted = torch.func.jvp(lambda params: plain_loss(params, x, labels), (params,), (direction,))
+    of = lambda some: plain_loss({**params, **some}, x, labels)
+    some, along = some_of(params, direction)
+    wanted = torch.func.jvp(of, (params,), (direction,)), torch.func.jvp(of, (some,), (along,))
     for result in of_pair:
-        by_ft, by_torch = result[str(sizes)][2]
-        assert_close(by_ft, wanted)
-        assert_close(by_torch, wanted)
+        by_ft, by_torch, of_some = result[str(sizes)][2]
+        assert_close((by_ft, by_torch, of_some), (wanted[0], *wanted))
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)

@@ -8,6 +8,7 @@ only after every transform has been peeled off. Also the one user of `torch._C._
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -182,6 +183,8 @@ class _NamedOp(torch.autograd.Function):
         ctx.save_for_forward(*saved)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(y for y in output if not y.is_floating_point()))
+        if len(output) > 1:
+            ctx.zeros = [partial(torch.zeros, y.shape, dtype=y.dtype, device=y.device) for y in output]
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -195,7 +198,10 @@ class _NamedOp(torch.autograd.Function):
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:  # type: ignore[override]
         refuse_forward_mode(ctx.call.env.mesh, ctx.call.op.name)
         assert ctx.call.op.jvp is not None
-        return tuple(ctx.call.op.jvp(ctx.call, *_saved(ctx), tangents))
+        found = tuple(ctx.call.op.jvp(ctx.call, *_saved(ctx), tangents))
+        if len(found) == 1:
+            return found
+        return tuple(zeros() if t is None else t for t, zeros in zip(found, ctx.zeros, strict=True))  # torch wants all
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], call: Call, *tensors: Tensor) -> Any:  # type: ignore[override]
