@@ -37,6 +37,7 @@ from functitan.train import TrainState, train_step
 from functitan.transforms.accumulate import accumulate
 from functitan.transforms.checked import check_equal, checked
 from functitan.transforms.grad import grad, hvp, jvp, value_and_grad
+from functitan.transforms.jit import jit
 from functitan.transforms.precision import precision
 from functitan.transforms.vmap import vmap
 
@@ -72,6 +73,7 @@ __all__ = [
     "hvp",
     "init",
     "iota",
+    "jit",
     "jvp",
     "launch",
     "layer_norm",

@@ -42,6 +42,10 @@ class NonFiniteError(FloatingPointError):
     """NaN or infinity in the loss or the gradients of a step; the state is as before the step."""
 
 
+class CaptureError(FunctitanError):
+    """A function that cannot be captured as a graph, or not with the meaning it has."""
+
+
 class CollectiveError(RuntimeError):
     """A collective that another rank did not join: it failed, left, or ran a different program."""
 

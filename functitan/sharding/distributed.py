@@ -163,7 +163,7 @@ def _transport(group: Callable[[Dims], tuple[str, int, int]], agree: Callable[..
 
         return run("permute", x.unsqueeze(0), dims, note, pass_on).squeeze(0)
 
-    return Transport("distributed", all_gather, reduce_scatter, all_reduce, all_to_all, permute, agree)
+    return Transport("distributed", all_gather, reduce_scatter, all_reduce, all_to_all, permute, agree, group)
 
 
 def _meet(start: Callable[[], None], world: int, timeout: float) -> None:

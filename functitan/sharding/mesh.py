@@ -46,6 +46,7 @@ class Transport(NamedTuple):
     all_to_all: Callable[..., Any]  # (x: [N, ...], dims, note) -> [N, ...]: row j goes to rank j
     permute: Callable[..., Any]  # (x, dims, shift, note) -> x of the rank `shift` places before
     agree: Callable[..., None]  # (program, wait=True)
+    group: Callable[..., Any] | None = None  # (dims) -> (its c10d name, number of ranks, this rank's number)
 
 
 class Mesh(NamedTuple):

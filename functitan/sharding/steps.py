@@ -18,6 +18,7 @@ from functitan.sharding.moves import Step, View
 from functitan.sharding.precision import narrowed
 from functitan.sharding.program import describe
 from functitan.sharding.rules import Dims
+from functitan.sharding.traced import collective
 
 
 class Label(NamedTuple):
@@ -137,6 +138,10 @@ def send(kind: str, x: Tensor, dims: Dims, env: Env, label: Label, *options: Any
     """Run one collective over a group of mesh dims, and enter it into the ledger; first agree on it, if checked."""
     assert env.mesh is not None
     n = env.mesh.sizes.size(dims)
+    if env.meshes is not None:  # being captured
+        detail = str(options[0]) if options else ""
+        place = env.meshes.place(env.mesh)
+        return collective(x, kind, place, n, " ".join(dims), detail, *label, env.phase, env.recomputed)
     env.note(kind, dims, FORMULAS[kind](x.numel() * x.element_size(), n), x.dtype, *label)
     if env.checked:
         program = describe("-".join(map(str, (kind, *options))), dims, tuple(x.shape), x.dtype, label)

@@ -1,0 +1,1 @@
+"""Programs as graphs: tracing, passes over graphs, and lowering to what runs."""

@@ -1,0 +1,66 @@
+"""From a captured program to a function of its inputs: Inductor, or the graph's plain ops.
+
+Invariant: a result with a home is copied into that input's buffer, last of all; the function gives `None` in its place.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch._inductor import config
+from torch._inductor.compile_fx import compile_fx_inner
+from torch.fx import GraphModule
+
+from functitan.capture.trace import Program
+from functitan.sharding.lowered import lower_collectives
+
+Run = Callable[[list[Tensor]], list[Any]]
+
+
+def compiled(program: Program, homes: tuple[int | None, ...], backend: str) -> Run:
+    """A function of a list of inputs, which it empties, so that dead ones can be freed."""
+    plain = backend == "graph" or any(mesh.transport.name != "distributed" for mesh in program.meshes)
+    graph = GraphModule(program.graph, copy.deepcopy(program.graph.graph))
+    graph = lower_collectives(graph, program.meshes, not plain)
+    _copy_home(graph, homes)
+    return _interpreted(graph) if plain else _inductor(graph, program)
+
+
+def _copy_home(graph: GraphModule, homes: tuple[int | None, ...]) -> None:
+    nodes = list(graph.graph.nodes)
+    placeholders, output = [node for node in nodes if node.op == "placeholder"], nodes[-1]
+    results = list(output.args[0])
+    with graph.graph.inserting_before(output):
+        for r, home in enumerate(homes):
+            if home is not None:
+                if results[r] is not placeholders[home]:
+                    copied = graph.graph.call_function(torch.ops.aten.copy_.default, (placeholders[home], results[r]))
+                    copied.meta["val"] = placeholders[home].meta["val"]
+                results[r] = None
+    output.args = (tuple(results),)
+    graph.recompile()
+
+
+def _interpreted(graph: GraphModule) -> Run:
+    def run(xs: list[Tensor]) -> list[Any]:
+        with torch.no_grad():
+            return list(graph(*xs))
+
+    return run
+
+
+# private torch API: Inductor's inner compiler; tried on torch 2.13
+def _inductor(graph: GraphModule, program: Program) -> Run:
+    mode = program.inputs[0].fake_mode if program.inputs else None  # type: ignore[attr-defined]
+    with tracing(TracingContext(mode)), config.patch(reorder_for_locality=False):
+        found = compile_fx_inner(graph, list(program.inputs))
+
+    def run(xs: list[Tensor]) -> list[Any]:
+        return list(found(xs))
+
+    return run

@@ -1,0 +1,51 @@
+"""Compute equal values once: equal ops of equal operands, gathers among them.
+
+Invariant: forward and backward stay apart where a collective is concerned: merging a weight's gather with its regather
+would keep the whole weight alive, and turn ZeRO-3 into ZeRO-2. What remat computes again stays computed again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node, map_arg
+
+from functitan.capture.trace import Program
+from functitan.sharding.traced import collective_of, is_collective
+
+
+def merge_equal(program: Program) -> Program:
+    """The program with one node for each set of equal ones."""
+    graph, seen = program.graph.graph, {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or _keeps(node):
+            continue
+        key = _key(node)
+        if key is None:
+            continue
+        first = seen.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+    return program
+
+
+def _key(node: Node) -> Any:
+    args = node.args
+    if is_collective(node):  # which op asked does not matter
+        args = collective_of(node)._replace(op="", pattern="")
+    key = (node.target, map_arg(tuple(args), id), tuple(sorted(map_arg(node.kwargs, id).items())))
+    key = torch.utils._pytree.tree_map(lambda x: (type(x), x) if not isinstance(x, list) else x, key)
+    try:
+        hash(key)
+    except TypeError:
+        key = repr(key)
+    return key
+
+
+def _keeps(node: Node) -> bool:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags

@@ -1,0 +1,99 @@
+"""Collectives in a captured program: one opaque op that a graph can hold, and its lowering to what runs.
+
+Invariant: a captured collective says all that `steps.send` knew when it was traced (kind, mesh, dims, label, phase), so
+passes and ledgers read it from the graph alone. The op has a shape and no kernel: it never runs as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from functitan.sharding.ledger import FORMULAS, Entry
+from functitan.sharding.mesh import Mesh
+from functitan.sharding.rules import Dims
+
+# torch.library.Library and its Meta kernels as graph ops: tried on torch 2.13
+_LIBRARY = torch.library.Library("functitan", "DEF")
+_LIBRARY.define(
+    "collective(Tensor x, str kind, int mesh, int size, str dims, str detail, str op, str pattern, str phase, "
+    "bool recomputed) -> Tensor"
+)
+COLLECTIVE = torch.ops.functitan.collective.default
+
+
+class Meshes:
+    """The meshes that a program meets while it is traced; a graph names them by their place here."""
+
+    def __init__(self) -> None:
+        self.known: list[Mesh] = []
+
+    def place(self, mesh: Mesh) -> int:
+        if mesh not in self.known:
+            self.known.append(mesh)
+        return self.known.index(mesh)
+
+
+class Collective(NamedTuple):
+    """The arguments of the op, as a graph's node holds them."""
+
+    x: Any
+    kind: str
+    mesh: int
+    size: int
+    dims: str
+    detail: str  # the reduction of a reduce-scatter or all-reduce, the shift of a permute
+    op: str
+    pattern: str
+    phase: str
+    recomputed: bool
+
+    @property
+    def mesh_dims(self) -> Dims:
+        return tuple(self.dims.split())
+
+    def entry(self) -> Entry:
+        """What it enters into a ledger."""
+        x = self.x.meta["val"]
+        sent = FORMULAS[self.kind](x.numel() * x.element_size(), self.size)
+        return Entry(self.kind, self.mesh_dims, sent, x.dtype, self.phase, self.recomputed, self.op, self.pattern)
+
+
+def collective(x: Tensor, *rest: Any) -> Tensor:
+    """Put a collective into the graph that is being traced: `rest` are the fields of `Collective` after `x`."""
+    return COLLECTIVE(x, *rest)
+
+
+def is_collective(node: Node) -> bool:
+    return node.op == "call_function" and node.target is COLLECTIVE
+
+
+def collective_of(node: Node) -> Collective:
+    """The collective that a node stands for."""
+    return Collective(*node.args)
+
+
+def run(x: Tensor, mesh: Mesh, kind: str, dims: Dims, options: tuple, note: tuple[str, str]) -> Tensor:
+    """Run a captured collective on the mesh's transport; the ledger was told by who runs the graph."""
+    return getattr(mesh.transport, kind)(x, dims, *options, note)
+
+
+def options_of(its: Collective) -> tuple:
+    """The arguments of the transport's function between dims and label."""
+    if its.kind in ("reduce_scatter", "all_reduce"):
+        return (its.detail,)
+    return (int(its.detail),) if its.kind == "permute" else ()
+
+
+def _shape(x: Tensor, kind: str, mesh: int, size: int, *rest: Any) -> Tensor:
+    if kind == "all_gather":
+        return x.new_empty((size, *x.shape))
+    if kind == "reduce_scatter":
+        return x.new_empty(x.shape[1:])
+    return x.new_empty(x.shape)
+
+
+_LIBRARY.impl("collective", _shape, "Meta")
