@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from functitan import metrics, models, nn, optim, random, testing, tree
 from functitan.axes import parse_axes
 from functitan.errors import (
+    CaptureError,
     CollectiveError,
     DonatedError,
     FunctitanError,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AxisRules",
+    "CaptureError",
     "CollectiveError",
     "DonatedError",
     "FunctitanError",

@@ -7,9 +7,7 @@ comes as further results, and `Program.written` says whose they are.
 from __future__ import annotations
 
 import threading
-import traceback
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from functitan.capture.blame import line_of_error, lines_of_strangers, lines_of_writes
 from functitan.errors import CaptureError, report
 from functitan.sharding.context import current, using
 from functitan.sharding.ledger import Entry
@@ -50,8 +49,17 @@ _ONE_AT_A_TIME = threading.RLock()  # torch.fx patches the whole process while i
 
 
 # private torch API: make_fx, FakeTensorMode, Inductor's table of decompositions; tried on torch 2.13
-def trace(fn: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...], what: str) -> Program:
-    """Trace `fn` of flat tensors. Raises `CaptureError` with the user's line for what a graph cannot hold."""
+def trace(
+    fn: Callable[..., tuple[Tensor, ...]],
+    inputs: tuple[Tensor, ...],
+    donated: frozenset[int] = frozenset(),
+    what: str = "trace",
+    names: Sequence[str] = (),
+) -> Program:
+    """Trace `fn` of flat tensors, called `names` in errors; it may write into those `donated`.
+
+    Raises `CaptureError` with the user's line for what a graph cannot hold.
+    """
     meshes = Meshes()
     mode = detect_fake_mode(inputs) or FakeTensorMode(allow_non_fake_inputs=True)  # those of ft.explain are fake
     table = select_decomp_table()
@@ -63,13 +71,14 @@ def trace(fn: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...], wha
     with _ONE_AT_A_TIME, _disable_current_modes(), mode:
         fakes = tuple(mode.from_tensor(x) if type(x) is Tensor else _twin(x) for x in inputs)
         try:
-            mutating = make_fx(inside, decomposition_table=table, record_stack_traces=True)(*fakes)
-            _check_constants(mutating, what)
-            pure = torch.func.functionalize(_runner(mutating), remove="mutations_and_views")
+            mutating = make_fx(inside, decomposition_table=table)(*fakes)
+            _check_constants(mutating, inside, fakes, what)
+            pure = torch.func.functionalize(_runner(mutating), remove="mutations")
             graph = make_fx(pure, decomposition_table=table)(*fakes)
         except (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode) as error:
             raise CaptureError(_data_dependent(what, error)) from None
-    written = _results_of_writes(graph)
+        written = _results_of_writes(graph)
+        _check_writes(set(written) - donated, inside, fakes, what, names)
     return Program(graph, tuple(meshes.known), fakes, written)
 
 
@@ -103,47 +112,27 @@ def _results_of_writes(graph: GraphModule) -> tuple[int, ...]:
     return tuple(written)
 
 
-def _check_constants(graph: GraphModule, what: str) -> None:
-    """Tensors that the function closes over; those that it makes of numbers are lifted first, and are no inputs."""
-    problems = []
-    for node in graph.graph.nodes:
-        if node.op == "get_attr" and any(user.target is not torch.ops.aten.lift_fresh_copy.default for user in node.users):
-            value = getattr(graph, str(node.target))
-            if isinstance(value, Tensor):
-                lines = {_line_of(user) for user in node.users} - {""}
-                where = f", used at {', '.join(sorted(lines))}" if lines else ""
-                problems.append(f"a tensor {tuple(value.shape)} {value.dtype} that is no argument{where}")
-    if problems:
-        raise CaptureError(report(what, problems, "pass it as an argument: a captured value would never change again"))
+def _check_writes(
+    bad: set[int], fn: Callable[..., Any], fakes: tuple[Tensor, ...], what: str, names: Sequence[str]
+) -> None:
+    if bad:
+        lines = lines_of_writes(fn, fakes)
+        problems = [f"argument {names[i] if names else i} is written to, at {lines.get(i, '')}" for i in sorted(bad)]
+        raise CaptureError(report(what, problems, _FIX_WRITE))
 
 
-def _line_of(node: Node) -> str:
-    """The user's line of an op, from its stack trace."""
-    lines = (node.meta.get("stack_trace") or "").splitlines()
-    frames = [line.strip() for line in lines if line.strip().startswith("File ")]
-    for frame in reversed(frames):
-        file = frame.split('"')[1] if '"' in frame else ""
-        if not _is_library(file):
-            return f"{file}:{frame.split('line ')[1].split(',')[0]}"
-    return ""
-
-
-def line_of_error(error: BaseException) -> str:
-    """The innermost line of a traceback that is neither torch's nor ours."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not _is_library(frame.filename):
-            return f"{frame.filename}:{frame.lineno}: {frame.line}"
-    return ""
-
-
-_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
-
-
-def _is_library(file: str) -> bool:
-    return file.startswith(_LIBRARIES) or file.startswith("<")
+def _check_constants(graph: GraphModule, fn: Callable[..., Any], fakes: tuple[Tensor, ...], what: str) -> None:
+    """Refuse tensors that the function closes over; those that it makes of numbers are lifted first."""
+    lift = torch.ops.aten.lift_fresh_copy.default
+    nodes = [node for node in graph.graph.nodes if node.op == "get_attr"]
+    if any(isinstance(getattr(graph, str(n.target)), Tensor) and any(u.target is not lift for u in n.users) for n in nodes):
+        problems = [f"a tensor {text} that is no argument is used at {line}" for text, line in lines_of_strangers(fn, fakes).items()]
+        raise CaptureError(report(what, problems, "pass it as an argument: a graph would keep its value of now for ever"))
 
 
 def _data_dependent(what: str, error: BaseException) -> str:
-    line = line_of_error(error)
-    problem = f"at {line}: what runs next depends on a value that is not known while tracing"
+    problem = f"what runs next depends on a value that is not known while tracing, at {line_of_error(error)}"
     return report(what, [problem], "choose by torch.where, or leave .item() and if outside the captured function")
+
+
+_FIX_WRITE = "donate it: ft.jit(fn, donate=...), or write out of place"

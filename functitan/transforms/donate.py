@@ -34,17 +34,27 @@ def mark_donated(value: tree.Tree, where: str) -> None:
             setattr(leaf, _MARK, where)
 
 
-def check_donated(value: tree.Tree, what: str) -> None:
-    """Raise `DonatedError` that lists every leaf that was donated before, and every buffer that stands twice."""
+def check_donated(value: tree.Tree, what: str, kept: tuple[int, ...] = ()) -> None:
+    """Raise `DonatedError` that lists every leaf that was donated before, and every donated buffer that stands twice.
+
+    `kept` are the numbers of the entries of `value`, a tuple, that are not donated. A good value costs 0.2 us a leaf.
+    """
+    leaves = tree.leaves(value)
+    if _plainly_good(leaves):
+        return
+    paths = tree.paths(value)
+    owners = [path.split(".")[0] for path in paths]
+    free = {i for i, owner in enumerate(owners) if owner not in map(str, kept)}
     problems, seen = [], {}
-    for path, leaf in zip(tree.paths(value), tree.leaves(value), strict=True):
+    for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
         where = getattr(leaf, _MARK, None)
         if where is not None:
             problems.append(f"{path} was donated to {where}: its buffer holds newer values now")
-        if isinstance(leaf, Tensor) and leaf.numel() and leaf.device.type != "meta" and not _is_fake(leaf):
-            twin = seen.setdefault(leaf.untyped_storage().data_ptr(), path)
-            if twin != path and _overlap(leaf, value, twin):
-                problems.append(f"{path} and {twin} share a buffer: a donated buffer stands once")
+        if type(leaf) is Tensor and leaf.numel() and leaf.device.type != "meta":
+            for twin in seen.setdefault(leaf.untyped_storage()._cdata, []):
+                if (i in free or twin in free) and _overlap(leaf, leaves[twin]):
+                    problems.append(f"{path} and {paths[twin]} share a buffer: a donated buffer stands once")
+            seen[leaf.untyped_storage()._cdata].append(i)
     if problems:
         fix = "use the state that the step returned, clone what you keep, or make the step with donate=False"
         raise DonatedError(
@@ -52,10 +62,17 @@ def check_donated(value: tree.Tree, what: str) -> None:
         )
 
 
-def _overlap(leaf: Tensor, value: Any, twin: str) -> bool:
+def _plainly_good(leaves: list[Any]) -> bool:
+    """True where nothing is marked and every storage is another."""
+    tensors = [x for x in leaves if type(x) is Tensor]
+    if any(_MARK in x.__dict__ for x in tensors):
+        return False
+    return len({x.untyped_storage()._cdata for x in tensors}) == len(tensors) == len(leaves)
+
+
+def _overlap(x: Tensor, y: Tensor) -> bool:
     """True if two leaves of one storage share bytes: parts of one flat buffer do not."""
-    other = dict(zip(tree.paths(value), tree.leaves(value), strict=True))[twin]
-    first, second = sorted(_range(x) for x in (leaf, other))
+    first, second = sorted((_range(x), _range(y)))
     return first[1] > second[0]
 
 
@@ -65,6 +82,3 @@ def _range(x: Tensor) -> tuple[int, int]:
     last = first + sum((int(n) - 1) * int(s) for n, s in zip(x.shape, x.stride(), strict=True))
     return first * x.element_size(), (last + 1) * x.element_size()
 
-
-def _is_fake(x: Tensor) -> bool:
-    return type(x) is not Tensor

@@ -1,7 +1,7 @@
 """`ft.jit`: a whole step captured as one graph, improved by passes, compiled, and called like the function.
 
-Invariant: the captured step gives what the function gives. Whatever its graph was made for (structure, shapes, dtypes,
-static values, mesh, rules) is its key; anything else makes another graph, and what no graph can hold is an error.
+Invariant: the captured step gives what the function gives. A graph serves exactly what it was made for (structure,
+shapes, strides, dtypes, static values, mesh, rules); anything else makes another, and what no graph can hold is an error.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards  # private: tried on torch 2.13
 from torch.fx import GraphModule
 
 from functitan import tree
@@ -22,61 +22,8 @@ from functitan.capture.trace import Program, trace
 from functitan.errors import CaptureError, nearest, report
 from functitan.ops.function import transforms_active
 from functitan.sharding.context import Env, current
+from functitan.sharding.ledger import Entry
 from functitan.transforms.donate import check_donated, mark_donated
-
-
-@dataclass(frozen=True)
-class Jitted:
-    """A function that runs as a graph; see `jit`."""
-
-    fn: Callable[..., Any]
-    donate: tuple[int, ...]
-    passes: tuple[str, ...]  # those that run, in order
-    backend: str
-    _known: dict[Any, _Compiled] = field(default_factory=dict, repr=False)
-    _lock: Any = field(default_factory=threading.Lock, repr=False)
-
-    def __call__(self, *args: Any) -> Any:
-        env = current()
-        if env.meshes is not None:  # a part of a larger capture
-            return self.fn(*args)
-        leaves, structure = tree.flatten(args)
-        run = self._find(args, leaves, structure, env)
-        return run(args, leaves)
-
-    def graph(self, *args: Any) -> GraphModule:
-        """The graph, after the passes, that a call with these arguments runs."""
-        leaves, structure = tree.flatten(args)
-        return self._find(args, leaves, structure, current()).program.graph
-
-    def _find(self, args: Any, leaves: list[Any], structure: Any, env: Env) -> _Compiled:
-        key = (structure, tuple(map(_signature, leaves)), env._replace(ledger=None, taps=None))
-        found = self._known.get(key)
-        if found is None:
-            _check(leaves, self.fn, args)
-            found = self._known[key] = self._compile(args, leaves, structure)
-        return found
-
-    def _compile(self, args: Any, leaves: list[Any], structure: Any) -> _Compiled:
-        what = f"ft.jit of {getattr(self.fn, '__qualname__', self.fn)}"
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        shape: list[Any] = []
-
-        def flat(*xs: Tensor) -> tuple[Tensor, ...]:
-            given = list(leaves)
-            for place, x in zip(places, xs, strict=True):
-                given[place] = x
-            found, out_structure = tree.flatten(self.fn(*tree.unflatten(structure, given)))
-            shape[:] = [out_structure, [None if isinstance(x, Tensor) else x for x in found]]
-            return tuple(x for x in found if isinstance(x, Tensor))
-
-        program = trace(flat, tuple(leaves[i] for i in places), what)
-        sizes = [len(tree.leaves(arg)) for arg in args]
-        donated = [i for n, size in enumerate(sizes) for i in range(sum(sizes[:n]), sum(sizes[:n]) + size) if n in self.donate]
-        inputs = tuple(n for n, place in enumerate(places) if place in donated)
-        program, homes = _donated(program, inputs, what, [tree.paths(args)[i] for i in places])
-        program = run_passes(program, self.passes)
-        return _Compiled(program, compiled(program, homes, self.backend), tuple(places), homes, tuple(donated), tuple(shape))
 
 
 def jit(
@@ -88,9 +35,12 @@ def jit(
     `donate` names arguments whose buffers the results may take over: a state is updated in place, without a second
     copy, and the old one raises `DonatedError` when used again. `skip` turns passes off by name; `jitted.passes` are
     those that run, `jitted.graph(*args)` is what they made. `backend` is "inductor", or "graph" for the graph's plain
-    ops (as always on a virtual mesh). Raises `CaptureError`, with the line, for what a graph cannot hold: control flow
-    that depends on values, a tensor that is no argument, an argument written to that was not donated.
+    ops (as always on a virtual mesh and under `ft.explain`). Inside another `ft.jit` it is part of that one.
 
+    Raises `CaptureError`, with the line, for what a graph cannot hold: control flow that depends on values, a tensor
+    that is no argument, an argument written to that was not donated; and inside torch.func transforms.
+
+    >>> import torch
     >>> double = jit(lambda tree: {"y": tree["x"] * 2}, backend="graph")
     >>> double({"x": torch.ones(2)})
     {'y': tensor([2., 2.])}
@@ -104,61 +54,124 @@ def jit(
     return Jitted(fn, places, tuple(name for name in PASSES if name not in skip), backend)
 
 
+@dataclass(frozen=True)
+class Jitted:
+    """A function that runs as a graph: what `jit` gives."""
+
+    fn: Callable[..., Any]
+    donate: tuple[int, ...]
+    passes: tuple[str, ...]  # those that run, in order
+    backend: str
+    _known: list[_Compiled] = field(default_factory=list, repr=False)  # the one used last comes first
+    _lock: Any = field(default_factory=threading.Lock, repr=False)  # threads of a virtual mesh share it
+
+    def __call__(self, *args: Any) -> Any:
+        env = current()
+        if env.meshes is not None:  # a part of a larger capture
+            return self.fn(*args)
+        leaves, structure = tree.flatten(args)
+        found = self._find(args, leaves, structure, env)
+        if env.ledger is not None:
+            env.ledger.entries += found.entries
+        return _call(found, args, leaves)
+
+    def graph(self, *args: Any) -> GraphModule:
+        """The graph, after the passes, that a call with these arguments runs."""
+        leaves, structure = tree.flatten(args)
+        return self._find(args, leaves, structure, current()).program.graph
+
+    def _find(self, args: Any, leaves: list[Any], structure: Any, env: Env) -> _Compiled:
+        where = env._replace(ledger=None, taps=None)
+        found = next((one for one in self._known if one.fits(leaves, structure, where)), None)
+        if found is None:
+            found = _capture(self, args, leaves, structure, where)
+        with self._lock:
+            if self._known[:1] != [found]:
+                self._known[:] = [found, *(one for one in self._known if one is not found)]
+        return found
+
+
 class _Compiled(NamedTuple):
     program: Program
-    run: Callable[[list[Tensor]], list[Tensor | None]]
+    run: Callable[[list[Tensor]], list[Any]]
+    entries: list[Entry]
+    # what it was made for
+    structure: Any
     places: tuple[int, ...]  # of the tensors among the leaves
+    guards: Any
+    statics: tuple[Any, ...]  # the leaves that are no tensors
+    env: Env
+    # how to call it
+    donated: tuple[int, ...]  # inputs
+    kept: tuple[int, ...]  # arguments that are not donated
     homes: tuple[int | None, ...]  # for each result the input whose buffer it takes over
-    donated: tuple[int, ...]  # leaves
-    shape: tuple[Any, ...]  # structure of the result, and its leaves that are no tensors
+    result: Any  # the result's structure
+    others: list[Any]  # its leaves that are no tensors, `_TENSOR` for those that are
 
-    def __call__(self, args: Any, leaves: list[Any]) -> Any:
-        if self.donated:
-            check_donated([leaves[i] for i in self.donated], "ft.jit: a donated argument")
+    def fits(self, leaves: list[Any], structure: Any, env: Env) -> bool:
+        if structure != self.structure or env != self.env:
+            return False
         tensors = [leaves[i] for i in self.places]
-        env = current()
-        if env.ledger is not None:
-            env.ledger.entries += self.program.entries()
-        given = iter(self.run(list(tensors)))
-        results = []
-        for home in self.homes:
-            value = next(given)
-            results.append(value if home is None else tensors[home].detach())
-        if self.donated:
-            mark_donated([leaves[i] for i in self.donated], "a call of ft.jit")
-        structure, others = self.shape
-        values = iter(results)
-        return tree.unflatten(structure, [next(values) if other is None else other for other in others])
+        return self.guards(tensors) and _statics(leaves, set(self.places)) == self.statics
 
 
-def _signature(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor):
-        return leaf.shape, leaf.dtype, leaf.device, leaf.stride(), leaf.requires_grad
-    return type(leaf), leaf
+def _capture(jitted: Jitted, args: Any, leaves: list[Any], structure: Any, env: Env) -> _Compiled:
+    what = f"ft.jit of {getattr(jitted.fn, '__qualname__', jitted.fn)}"
+    places = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+    tensors = tuple(leaves[i] for i in places)
+    _check(jitted, args, tensors, what)
+    owners = [n for n, arg in enumerate(args) for _ in tree.leaves(arg)]
+    donated = tuple(i for i, place in enumerate(places) if owners[place] in jitted.donate)
+    paths = tree.paths(args)
+    results: list[Any] = []
+
+    def flat(*xs: Tensor) -> tuple[Tensor, ...]:
+        given = list(leaves)
+        for place, x in zip(places, xs, strict=True):
+            given[place] = x
+        results[:] = tree.flatten(jitted.fn(*tree.unflatten(structure, given)))
+        return tuple(x for x in results[0] if isinstance(x, Tensor))
+
+    program = trace(flat, tensors, frozenset(donated), what, [paths[i] for i in places])
+    program, homes = _at_home(program, donated)
+    program = run_passes(program, jitted.passes)
+    run = compiled(program, homes, jitted.backend)
+    others = [_TENSOR if isinstance(x, Tensor) else x for x in results[0]]
+    statics = _statics(leaves, set(places))
+    kept = tuple(n for n in range(len(args)) if n not in jitted.donate)
+    return _Compiled(
+        program, run, program.entries(), structure, places, _guards(tensors), statics, env, donated, kept, homes, results[1], others
+    )  # fmt: skip
 
 
-def _donated(program: Program, donated: tuple[int, ...], what: str, paths: list[str]) -> tuple[Program, tuple[int | None, ...]]:
-    """Give each result a donated buffer of its shape where there is one; refuse writes into what was not donated."""
-    bad = [f"argument {paths[i]} is written to" for i in program.written if i not in donated]
-    if bad:
-        raise CaptureError(report(what, bad, "donate it: ft.jit(fn, donate=...), or write out of place"))
+def _call(found: _Compiled, args: Any, leaves: list[Any]) -> Any:
+    tensors = [leaves[i] for i in found.places]
+    if found.donated:
+        check_donated(args, "ft.jit", found.kept)
+    values = found.run(list(tensors))
+    values = [x if home is None else tensors[home].detach() for x, home in zip(values, found.homes, strict=True)]
+    if found.donated:
+        mark_donated([tensors[i] for i in found.donated], "a call of ft.jit")
+    left = iter(values)
+    return tree.unflatten(found.result, [next(left) if other is _TENSOR else other for other in found.others])
+
+
+def _at_home(program: Program, donated: Sequence[int]) -> tuple[Program, tuple[int | None, ...]]:
+    """For each result a donated buffer of its shape, where there is one; what was written in place stays in its place."""
     nodes = list(program.graph.graph.nodes)
-    placeholders = [node for node in nodes if node.op == "placeholder"]
-    output = nodes[-1]
+    placeholders, output = [node for node in nodes if node.op == "placeholder"], nodes[-1]
     count = len(output.args[0]) - len(program.written)
     results, writes = output.args[0][:count], dict(zip(program.written, output.args[0][count:], strict=True))
     homes: list[int | None] = [None] * count
-    free = set(donated)
-    for r, node in enumerate(results):  # what was written in place stays in its place
-        home = next((i for i in free if writes.get(i) is node or placeholders[i] is node), None)
-        if home is not None:
-            homes[r] = home
-            free.discard(home)
-    for r, node in enumerate(results):
-        if homes[r] is None and node.op != "placeholder":
-            home = next((i for i in sorted(free) if _alike(placeholders[i].meta["val"], node.meta["val"])), None)
-            homes[r] = home
-            free.discard(home)
+    free = dict.fromkeys(donated)
+    for fits in (
+        lambda i, node: writes.get(i) is node or placeholders[i] is node,
+        lambda i, node: node.op != "placeholder" and _alike(placeholders[i].meta["val"], node.meta["val"]),
+    ):
+        for r, node in enumerate(results):
+            if homes[r] is None:
+                homes[r] = next((i for i in free if fits(i, node)), None)
+                free.pop(homes[r], None)
     output.args = (tuple(results),)
     program.graph.recompile()
     return program._replace(written=()), tuple(homes)
@@ -168,8 +181,25 @@ def _alike(x: Tensor, y: Tensor) -> bool:
     return (x.shape, x.dtype, x.device, x.stride()) == (y.shape, y.dtype, y.device, y.stride())
 
 
-def _check(leaves: list[Any], fn: Any, args: Any) -> None:
-    if transforms_active() or any(isinstance(x, Tensor) and x.requires_grad for x in leaves):
-        problem = "it is called inside a torch.func transform, or with tensors that require grad"
-        fix = "transform inside: ft.jit(ft.grad(fn)); or detach() the tensors"
-        raise CaptureError(report(f"ft.jit of {getattr(fn, '__qualname__', fn)}", [problem], fix))
+def _guards(tensors: Sequence[Tensor]) -> Callable[[list[Tensor]], bool]:
+    """Whether other tensors have these tensors' shapes, strides, dtypes, devices and kinds: one call, 0.1 us each."""
+    if not tensors:
+        return lambda others: True
+    sizes, strides = ([list(f(x)) for x in tensors] for f in (lambda x: x.shape, lambda x: x.stride()))
+    guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    return lambda others: len(others) == len(tensors) and guards.check(*others)
+
+
+def _statics(leaves: list[Any], tensors: set[int]) -> tuple[Any, ...]:
+    return tuple((i, type(leaf), leaf) for i, leaf in enumerate(leaves) if i not in tensors)
+
+
+def _check(jitted: Jitted, args: Any, tensors: Sequence[Tensor], what: str) -> None:
+    problems = [f"donate names argument {n}, but there are {len(args)}" for n in jitted.donate if n >= len(args)]
+    if transforms_active() or any(x.requires_grad for x in tensors):
+        problems.append("it is called inside a torch.func transform, or with tensors that require grad")
+    if problems:
+        raise CaptureError(report(what, problems, "transform inside, ft.jit(ft.grad(fn)), or detach() the tensors"))
+
+
+_TENSOR = object()
