@@ -180,7 +180,12 @@ def train_step(
 
 
 def _due(check: bool | str, mesh: Mesh | None, seen: WeakSet[Any]) -> bool:
-    """True if this step on `mesh` is checked; a mesh is known by one of its functions, which live as long as it."""
+    """True if this step on `mesh` is checked; a mesh is known by one of its functions, which live as long as it.
+
+    A captured step is not: its graph is the same on every rank that has the same program.
+    """
+    if current().capture is not None:
+        return False
     if mesh is None or check != "first":
         return mesh is not None and bool(check)
     first = mesh.transport.agree not in seen

@@ -219,3 +219,19 @@ def test_differentiating_through_it_is_an_error():
             call()
         assert "it is called inside a torch.func transform, or with tensors that require grad" in str(caught.value)
         assert "Fix: transform inside, ft.jit(ft.grad(fn)), or detach() the tensors" in str(caught.value)
+
+
+def test_nan_in_a_captured_step_raises_and_leaves_the_state_valid():
+    def square(params, batch, key):
+        return ft.reduce("batch ->", (params["w"] * batch) ** 2), batch.numel()
+
+    tx = ft.optim.adamw(0.1)
+    state = ft.TrainState.create({"w": ft.Param("batch", (4,))}, tx, ft.random.key(0))
+    step = ft.jit(ft.train_step(square, tx), donate=0, backend="graph")
+    state, _ = step(state, torch.ones(4))
+    before = state.params["w"].clone()
+    with pytest.raises(ft.NonFiniteError, match="the loss or a gradient is not finite"):
+        step(state, torch.tensor([1.0, torch.nan, 1.0, 1.0]))
+    assert torch.equal(state.params["w"], before)
+    state, _ = step(state, torch.ones(4))
+    assert int(state.step) == 2 and not torch.equal(state.params["w"], before)

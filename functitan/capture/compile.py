@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch._guards import TracingContext, tracing
 from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx_inner
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from functitan.capture.trace import Program
 from functitan.sharding.lowered import lower_collectives
@@ -27,21 +28,33 @@ def compiled(program: Program, homes: tuple[int | None, ...], backend: str) -> R
     plain = backend == "graph" or any(mesh.transport.name != "distributed" for mesh in program.meshes)
     graph = GraphModule(program.graph, copy.deepcopy(program.graph.graph))
     graph = lower_collectives(graph, program.meshes, not plain)
-    _copy_home(graph, homes)
+    _copy_home(graph, homes, len(program.failures))
     return _interpreted(graph) if plain else _inductor(graph, program)
 
 
-def _copy_home(graph: GraphModule, homes: tuple[int | None, ...]) -> None:
+def _copy_home(graph: GraphModule, homes: tuple[int | None, ...], failures: int) -> None:
+    """Copy results into their inputs' buffers, last of all, and only where no flag of a failure holds."""
+    aten = torch.ops.aten
     nodes = list(graph.graph.nodes)
     placeholders, output = [node for node in nodes if node.op == "placeholder"], nodes[-1]
     results = list(output.args[0])
+    flags = results[len(results) - failures :]
+
+    def call(target: Any, *args: Any) -> Node:
+        node = graph.graph.call_function(target, args)
+        node.meta["val"] = args[-1].meta["val"]
+        return node
+
     with graph.graph.inserting_before(output):
+        failed = reduce(lambda x, y: call(aten.logical_or.default, x, y), flags) if flags else None
         for r, home in enumerate(homes):
-            if home is not None:
-                if results[r] is not placeholders[home]:
-                    copied = graph.graph.call_function(torch.ops.aten.copy_.default, (placeholders[home], results[r]))
-                    copied.meta["val"] = placeholders[home].meta["val"]
-                results[r] = None
+            if home is None:
+                continue
+            new, old = results[r], placeholders[home]
+            if new is not old:
+                kept = new if failed is None else call(aten.where.self, failed, old, new)
+                call(aten.copy_.default, old, kept)
+            results[r] = None
     output.args = (tuple(results),)
     graph.recompile()
 

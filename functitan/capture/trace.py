@@ -29,16 +29,17 @@ from functitan.errors import CaptureError, report
 from functitan.sharding.context import current, using
 from functitan.sharding.ledger import Entry
 from functitan.sharding.mesh import Mesh
-from functitan.sharding.traced import Meshes, collective_of, is_collective
+from functitan.sharding.traced import Capture, collective_of, is_collective
 
 
 class Program(NamedTuple):
-    """A captured function. Its graph has one placeholder for each input; it gives the results, then what was written."""
+    """A captured function. Its graph has one placeholder for each input; it gives results, flags, what was written."""
 
     graph: GraphModule
     meshes: tuple[Mesh, ...]
     inputs: tuple[Tensor, ...]  # fake
     written: tuple[int, ...]  # the inputs that the function wrote into
+    failures: tuple[Callable[[], Exception], ...]  # what to raise where a flag, one of the last results, is true
 
     def entries(self) -> list[Entry]:
         """What one run of it enters into a ledger."""
@@ -60,13 +61,14 @@ def trace(
 
     Raises `CaptureError` with the user's line for what a graph cannot hold.
     """
-    meshes = Meshes()
+    capture = Capture()
     mode = detect_fake_mode(inputs) or FakeTensorMode(allow_non_fake_inputs=True)  # those of ft.explain are fake
     table = select_decomp_table()
 
     def inside(*xs: Tensor) -> tuple[Tensor, ...]:
-        with using(current()._replace(meshes=meshes, ledger=None, taps=None)):
-            return fn(*xs)
+        with using(current()._replace(capture=capture, ledger=None, taps=None, checked=False)):
+            results = fn(*xs)
+        return (*results, *(flag for flag, _ in capture.failures))
 
     with _ONE_AT_A_TIME, _disable_current_modes(), mode:
         fakes = tuple(mode.from_tensor(x) if type(x) is Tensor else _twin(x) for x in inputs)
@@ -79,7 +81,7 @@ def trace(
             raise CaptureError(_data_dependent(what, error)) from None
         written = _results_of_writes(graph)
         _check_writes(set(written) - donated, inside, fakes, what, names)
-    return Program(graph, tuple(meshes.known), fakes, written)
+    return Program(graph, tuple(capture.meshes), fakes, written, tuple(error for _, error in capture.failures))
 
 
 def _twin(x: Tensor) -> Tensor:

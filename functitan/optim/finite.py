@@ -40,8 +40,12 @@ def guarded(
     if policy == "ignore":
         return update(donate), {}
     bad = any_nonfinite([loss, grads])
+    capture = current().capture
     if policy == "raise":
-        _refuse(bad, loss, grads, step)
+        if capture is not None:  # who runs the graph raises, and leaves what is donated as it was
+            capture.failures.append((bad, _captured))
+        else:
+            _refuse(bad, loss, grads, step)
         return update(donate), {}
     return _unless(bad, old, update, donate), {"skipped": bad.to(torch.int64)}
 
@@ -57,7 +61,7 @@ def any_nonfinite(values: tree.Tree) -> Tensor:
 
 
 def _refuse(bad: Tensor, loss: Tensor, grads: tree.Tree, step: Any) -> None:
-    """Raise if `bad`, listing leaves in order, whichever rank has the bad shard. A traced program goes on."""
+    """Raise if `bad`, listing leaves in order, whichever rank has the bad shard."""
     if not _is_value(bad) or not bad.item():
         return
     paths = ["loss", *(f"gradients.{path}" for path in tree.paths(grads))]
@@ -96,6 +100,11 @@ def _over_ranks(x: Tensor, quiet: bool) -> Tensor:
 def _is_value(x: Tensor) -> bool:
     """True for a tensor whose value can be read: not a fake or traced one."""
     return type(x) is Tensor
+
+
+def _captured() -> NonFiniteError:
+    problem = "the loss or a gradient is not finite"
+    return NonFiniteError(report("a captured step of ft.train_step", [problem], f"{_FIX}; without ft.jit the leaves are named"))
 
 
 _SHOWN = 8

@@ -23,7 +23,7 @@ from functitan.sharding.mesh import Mesh, MeshSizes, Transport
 from functitan.sharding.precision import Precision
 from functitan.sharding.program import user_line
 from functitan.sharding.rules import AxisRules, check_rules
-from functitan.sharding.traced import Meshes
+from functitan.sharding.traced import Capture
 
 
 class Env(NamedTuple):
@@ -40,7 +40,7 @@ class Env(NamedTuple):
     checked: bool = False  # ranks compare programs before they communicate
     line: str = ""  # the user's, where an op was called; only while checked
     precision: Precision | None = None  # none: dtypes are left as they are
-    meshes: Meshes | None = None  # of the program that is being captured
+    capture: Capture | None = None  # of the program that is being captured
 
     def layout(self, axes: tuple[str, ...]) -> Layout:
         """The layout of a pattern here; only where there is a mesh."""

@@ -138,9 +138,9 @@ def send(kind: str, x: Tensor, dims: Dims, env: Env, label: Label, *options: Any
     """Run one collective over a group of mesh dims, and enter it into the ledger; first agree on it, if checked."""
     assert env.mesh is not None
     n = env.mesh.sizes.size(dims)
-    if env.meshes is not None:  # being captured
+    if env.capture is not None:
         detail = str(options[0]) if options else ""
-        place = env.meshes.place(env.mesh)
+        place = env.capture.place(env.mesh)
         return collective(x, kind, place, n, " ".join(dims), detail, *label, env.phase, env.recomputed)
     env.note(kind, dims, FORMULAS[kind](x.numel() * x.element_size(), n), x.dtype, *label)
     if env.checked:

@@ -6,6 +6,7 @@ passes and ledgers read it from the graph alone. The op has a shape and no kerne
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,16 +26,17 @@ _LIBRARY.define(
 COLLECTIVE = torch.ops.functitan.collective.default
 
 
-class Meshes:
-    """The meshes that a program meets while it is traced; a graph names them by their place here."""
+class Capture:
+    """What a program meets while it is traced, besides tensors."""
 
     def __init__(self) -> None:
-        self.known: list[Mesh] = []
+        self.meshes: list[Mesh] = []  # a graph names them by their place here
+        self.failures: list[tuple[Tensor, Callable[[], Exception]]] = []  # a bool `[]`, and what to raise where it holds
 
     def place(self, mesh: Mesh) -> int:
-        if mesh not in self.known:
-            self.known.append(mesh)
-        return self.known.index(mesh)
+        if mesh not in self.meshes:
+            self.meshes.append(mesh)
+        return self.meshes.index(mesh)
 
 
 class Collective(NamedTuple):
@@ -74,11 +76,6 @@ def is_collective(node: Node) -> bool:
 def collective_of(node: Node) -> Collective:
     """The collective that a node stands for."""
     return Collective(*node.args)
-
-
-def run(x: Tensor, mesh: Mesh, kind: str, dims: Dims, options: tuple, note: tuple[str, str]) -> Tensor:
-    """Run a captured collective on the mesh's transport; the ledger was told by who runs the graph."""
-    return getattr(mesh.transport, kind)(x, dims, *options, note)
 
 
 def options_of(its: Collective) -> tuple:

@@ -67,7 +67,7 @@ class Jitted:
 
     def __call__(self, *args: Any) -> Any:
         env = current()
-        if env.meshes is not None:  # a part of a larger capture
+        if env.capture is not None:  # a part of a larger capture
             return self.fn(*args)
         leaves, structure = tree.flatten(args)
         found = self._find(args, leaves, structure, env)
@@ -149,6 +149,10 @@ def _call(found: _Compiled, args: Any, leaves: list[Any]) -> Any:
     if found.donated:
         check_donated(args, "ft.jit", found.kept)
     values = found.run(list(tensors))
+    for error in reversed(found.program.failures):
+        flag = values.pop()
+        if type(flag) is Tensor and flag.item():  # ft.explain's have no value
+            raise error()
     values = [x if home is None else tensors[home].detach() for x, home in zip(values, found.homes, strict=True)]
     if found.donated:
         mark_donated([tensors[i] for i in found.donated], "a call of ft.jit")
@@ -162,13 +166,13 @@ def _at_home(program: Program, donated: Sequence[int]) -> tuple[Program, tuple[i
     placeholders, output = [node for node in nodes if node.op == "placeholder"], nodes[-1]
     count = len(output.args[0]) - len(program.written)
     results, writes = output.args[0][:count], dict(zip(program.written, output.args[0][count:], strict=True))
-    homes: list[int | None] = [None] * count
+    homes: list[int | None] = [None] * (count - len(program.failures))
     free = dict.fromkeys(donated)
     for fits in (
         lambda i, node: writes.get(i) is node or placeholders[i] is node,
         lambda i, node: node.op != "placeholder" and _alike(placeholders[i].meta["val"], node.meta["val"]),
     ):
-        for r, node in enumerate(results):
+        for r, node in enumerate(results[: len(homes)]):
             if homes[r] is None:
                 homes[r] = next((i for i in free if fits(i, node)), None)
                 free.pop(homes[r], None)
