@@ -20,8 +20,8 @@ LAYERS = [
     + ["sharding.plan", "sharding.precision"],
     ["sharding.context", "sharding.distributed", "sharding.virtual", "sharding.ledger", "sharding.program"]
     + ["sharding.agreement", "sharding.steps", "sharding.collectives", "sharding.explain", "sharding.init"]
-    + ["sharding.launch", "sharding"],
-    ["ops", "ops.*"],
+    + ["sharding.launch", "sharding.traced", "sharding.lowered", "sharding"],
+    ["ops", "ops.*", "capture", "capture.*"],
     ["nn", "nn.*", "transforms", "transforms.*"],
     ["models", "models.*", "pipeline", "pipeline.*", "optim", "optim.*"],
     ["checkpoint", "data", "data.*", "metrics"],

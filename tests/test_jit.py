@@ -1,6 +1,8 @@
-"""Laws of `ft.jit`: a captured step gives what the step gives, communicates what it communicates, and takes donations."""
+"""Laws of `ft.jit`: a captured step gives what the step gives, sends what it sends, and takes over what is donated."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -190,7 +192,9 @@ def test_what_no_graph_can_hold_is_an_error_that_names_the_line(fn, problem, lin
     with pytest.raises(ft.CaptureError) as caught:
         ft.jit(fn, backend="graph")(x)
     first = fn.__code__.co_firstlineno
-    number = next(n for n, text in enumerate(open(__file__).read().splitlines(), 1) if n > first and text.strip() == line)
+    number = next(
+        n for n, text in enumerate(Path(__file__).read_text().splitlines(), 1) if n > first and text.strip() == line
+    )
     assert str(caught.value) == f"ft.jit of {fn.__qualname__}:\n  - {problem}{__file__}:{number}: {line}\n  Fix: {fix}"
     assert x.tolist() == [1, 1, 1]
 
@@ -207,7 +211,7 @@ def test_a_donated_argument_is_written_in_place_and_refused_afterwards():
         "  Fix: use the state that the step returned, clone what you keep, or make the step with donate=False"
     )
     shared = torch.ones(3)
-    with pytest.raises(ft.DonatedError, match="1 and 0.w share a buffer: a donated buffer stands once"):
+    with pytest.raises(ft.DonatedError, match=r"1 and 0\.w share a buffer: a donated buffer stands once"):
         jitted({"w": shared[:2]}, shared[1:])
     assert shared.tolist() == [1, 1, 1]
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from functitan import tree
 
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent), "<")
 
@@ -46,7 +47,7 @@ def lines_of_strangers(fn: Callable[..., Any], fakes: tuple[Tensor, ...]) -> dic
     def see(func: Any, args: tuple[Any, ...]) -> None:
         if func is torch.ops.aten.lift_fresh.default:
             return  # of torch.tensor(...): a number
-        for x in tree_leaves(args):
+        for x in tree.leaves(args):
             if isinstance(x, Tensor) and not isinstance(x, FakeTensor):
                 found.setdefault(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}", _line_here())
 
@@ -56,7 +57,9 @@ def lines_of_strangers(fn: Callable[..., Any], fakes: tuple[Tensor, ...]) -> dic
 
 def line_of_error(error: BaseException) -> str:
     """The innermost line of a traceback that is the user's."""
-    return next(map(_written, (f for f in reversed(traceback.extract_tb(error.__traceback__)) if _is_users(f.filename))), "")
+    return next(
+        map(_written, (f for f in reversed(traceback.extract_tb(error.__traceback__)) if _is_users(f.filename))), ""
+    )
 
 
 class _Watch(TorchDispatchMode):

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Interpreter, Node, traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._python_dispatch import _disable_current_modes
@@ -91,9 +91,10 @@ def _twin(x: Tensor) -> Tensor:
 
 def _runner(graph: GraphModule) -> Callable[..., Any]:
     """The graph as a function that keeps each node's stack trace and other notes."""
+
     def run(*xs: Tensor) -> Any:
-        with torch.fx.traceback.preserve_node_meta():
-            return torch.fx.Interpreter(graph).run(*xs)
+        with traceback.preserve_node_meta():
+            return Interpreter(graph).run(*xs)
 
     return run
 
@@ -127,9 +128,16 @@ def _check_constants(graph: GraphModule, fn: Callable[..., Any], fakes: tuple[Te
     """Refuse tensors that the function closes over; those that it makes of numbers are lifted first."""
     lift = torch.ops.aten.lift_fresh_copy.default
     nodes = [node for node in graph.graph.nodes if node.op == "get_attr"]
-    if any(isinstance(getattr(graph, str(n.target)), Tensor) and any(u.target is not lift for u in n.users) for n in nodes):
-        problems = [f"a tensor {text} that is no argument is used at {line}" for text, line in lines_of_strangers(fn, fakes).items()]
-        raise CaptureError(report(what, problems, "pass it as an argument: a graph would keep its value of now for ever"))
+    if any(
+        isinstance(getattr(graph, str(n.target)), Tensor) and any(u.target is not lift for u in n.users) for n in nodes
+    ):
+        problems = [
+            f"a tensor {text} that is no argument is used at {line}"
+            for text, line in lines_of_strangers(fn, fakes).items()
+        ]
+        raise CaptureError(
+            report(what, problems, "pass it as an argument: a graph would keep its value of now for ever")
+        )
 
 
 def _data_dependent(what: str, error: BaseException) -> str:

@@ -104,7 +104,9 @@ def _is_value(x: Tensor) -> bool:
 
 def _captured() -> NonFiniteError:
     problem = "the loss or a gradient is not finite"
-    return NonFiniteError(report("a captured step of ft.train_step", [problem], f"{_FIX}; without ft.jit the leaves are named"))
+    return NonFiniteError(
+        report("a captured step of ft.train_step", [problem], f"{_FIX}; without ft.jit the leaves are named")
+    )
 
 
 _SHOWN = 8

@@ -59,7 +59,9 @@ def _functional(graph: GraphModule, its: Collective, mesh: Mesh) -> Node:
         case "permute":
             send, receive, shift = [0] * n, [0] * n, int(its.detail)
             send[(me + shift) % n] = receive[(me - shift) % n] = 1
-            sent = call(ops.all_to_all_single.default, call(torch.ops.aten.unsqueeze.default, its.x, 0), receive, send, name)
+            sent = call(
+                ops.all_to_all_single.default, call(torch.ops.aten.unsqueeze.default, its.x, 0), receive, send, name
+            )
     done = call(ops.wait_tensor.default, sent)
     if its.kind in ("reduce_scatter", "permute"):
         done = call(torch.ops.aten.squeeze.dim, done, 0)

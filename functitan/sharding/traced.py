@@ -31,7 +31,9 @@ class Capture:
 
     def __init__(self) -> None:
         self.meshes: list[Mesh] = []  # a graph names them by their place here
-        self.failures: list[tuple[Tensor, Callable[[], Exception]]] = []  # a bool `[]`, and what to raise where it holds
+        self.failures: list[
+            tuple[Tensor, Callable[[], Exception]]
+        ] = []  # a bool `[]`, and what to raise where it holds
 
     def place(self, mesh: Mesh) -> int:
         if mesh not in self.meshes:
@@ -75,7 +77,8 @@ def is_collective(node: Node) -> bool:
 
 def collective_of(node: Node) -> Collective:
     """The collective that a node stands for."""
-    return Collective(*node.args)
+    fields: tuple[Any, ...] = node.args
+    return Collective(*fields)
 
 
 def options_of(its: Collective) -> tuple:

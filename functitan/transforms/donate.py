@@ -81,4 +81,3 @@ def _range(x: Tensor) -> tuple[int, int]:
     first = int(x.storage_offset())
     last = first + sum((int(n) - 1) * int(s) for n, s in zip(x.shape, x.stride(), strict=True))
     return first * x.element_size(), (last + 1) * x.element_size()
-

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 
 from functitan import tree
 from functitan.capture.compile import compiled
-from functitan.capture.passes import PASSES, run_passes
+from functitan.capture.passes.order import PASSES, run_passes
 from functitan.capture.trace import Program, trace
 from functitan.errors import CaptureError, nearest, report
 from functitan.ops.function import transforms_active
@@ -174,8 +174,9 @@ def _at_home(program: Program, donated: Sequence[int]) -> tuple[Program, tuple[i
     ):
         for r, node in enumerate(results[: len(homes)]):
             if homes[r] is None:
-                homes[r] = next((i for i in free if fits(i, node)), None)
-                free.pop(homes[r], None)
+                home = homes[r] = next((i for i in free if fits(i, node)), None)
+                if home is not None:
+                    free.pop(home)
     output.args = (tuple(results),)
     program.graph.recompile()
     return program._replace(written=()), tuple(homes)
@@ -189,7 +190,8 @@ def _guards(tensors: Sequence[Tensor]) -> Callable[[list[Tensor]], bool]:
     """Whether other tensors have these tensors' shapes, strides, dtypes, devices and kinds: one call, 0.1 us each."""
     if not tensors:
         return lambda others: True
-    sizes, strides = ([list(f(x)) for x in tensors] for f in (lambda x: x.shape, lambda x: x.stride()))
+    sizes: Any = [list(x.shape) for x in tensors]  # torch's stub says list[int]
+    strides: Any = [list(x.stride()) for x in tensors]
     guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
     return lambda others: len(others) == len(tensors) and guards.check(*others)
 

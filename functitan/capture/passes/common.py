@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.fx import Node, map_arg
+from torch._ops import OpOverload
+from torch.fx import Node
 
 from functitan.capture.trace import Program
 from functitan.sharding.traced import collective_of, is_collective
@@ -21,31 +22,20 @@ def merge_equal(program: Program) -> Program:
     for node in list(graph.nodes):
         if node.op != "call_function" or _keeps(node):
             continue
-        key = _key(node)
-        if key is None:
-            continue
-        first = seen.setdefault(key, node)
+        first = seen.setdefault(_key(node), node)
         if first is not node:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
     return program
 
 
-def _key(node: Node) -> Any:
-    args = node.args
-    if is_collective(node):  # which op asked does not matter
-        args = collective_of(node)._replace(op="", pattern="")
-    key = (node.target, map_arg(tuple(args), id), tuple(sorted(map_arg(node.kwargs, id).items())))
-    key = torch.utils._pytree.tree_map(lambda x: (type(x), x) if not isinstance(x, list) else x, key)
-    try:
-        hash(key)
-    except TypeError:
-        key = repr(key)
-    return key
+def _key(node: Node) -> tuple[Any, str]:
+    args = collective_of(node)._replace(op="", pattern="") if is_collective(node) else node.args  # whoever asks
+    return node.target, repr((tuple(args), sorted(node.kwargs.items())))  # a node is written as its name
 
 
 def _keeps(node: Node) -> bool:
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         return False
     return target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags
