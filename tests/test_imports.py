@@ -36,6 +36,7 @@ OPTIONAL = {
     "matplotlib",
     "rich",
     "tiktoken",
+    "torch._inductor",
     "transformers",
 }  # heavy: a function may import them itself
 MAX_LINES = 300
@@ -129,7 +130,7 @@ def functions_import_only_optional_packages(modules: list[Module]) -> Iterator[s
     for m in modules:
         inner = {n for f in ast.walk(m.tree) if isinstance(f, FUNCTIONS) for n in ast.walk(f)}
         for line, dotted in sorted({(n.lineno, d) for n in inner for _, d in imported(m, n)}):
-            if dotted.split(".")[0] not in OPTIONAL:
+            if not OPTIONAL & {dotted.split(".")[0], ".".join(dotted.split(".")[:2])}:
                 yield f"{m.name}:{line}: imports {dotted} inside a function; move it to the top of the file"
 
 

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import TracingContext, tracing
-from torch._inductor import config
-from torch._inductor.compile_fx import compile_fx_inner
 from torch.fx import GraphModule, Node
 
 from functitan.capture.trace import Program
@@ -69,6 +67,9 @@ def _interpreted(graph: GraphModule) -> Run:
 
 # private torch API: Inductor's inner compiler; tried on torch 2.13
 def _inductor(graph: GraphModule, program: Program) -> Run:
+    from torch._inductor import config  # two seconds to import
+    from torch._inductor.compile_fx import compile_fx_inner
+
     mode = program.inputs[0].fake_mode if program.inputs else None  # type: ignore[attr-defined]
     with tracing(TracingContext(mode)), config.patch(reorder_for_locality=False):
         found = compile_fx_inner(graph, list(program.inputs))

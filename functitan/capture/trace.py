@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
-from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -21,7 +20,6 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx import GraphModule, Interpreter, Node, traceback
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from functitan.capture.blame import line_of_error, lines_of_strangers, lines_of_writes
@@ -61,6 +59,8 @@ def trace(
 
     Raises `CaptureError` with the user's line for what a graph cannot hold.
     """
+    from torch._inductor.decomposition import select_decomp_table  # two seconds to import
+
     capture = Capture()
     mode = detect_fake_mode(inputs) or FakeTensorMode(allow_non_fake_inputs=True)  # those of ft.explain are fake
     table = select_decomp_table()
@@ -77,7 +77,7 @@ def trace(
             _check_constants(mutating, inside, fakes, what)
             pure = torch.func.functionalize(_runner(mutating), remove="mutations")
             graph = make_fx(pure, decomposition_table=table)(*fakes)
-        except (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode) as error:
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise CaptureError(_data_dependent(what, error)) from None
         written = _results_of_writes(graph)
         _check_writes(set(written) - donated, inside, fakes, what, names)
