@@ -32,6 +32,7 @@ class Case(NamedTuple):
     sizes: dict[str, int]
     mesh: dict[str, int]
     rules: ft.AxisRules
+    common: tuple[int, ...] = ()  # operands that every result depends on
 
     @property
     def floats(self) -> list[int]:
@@ -74,6 +75,7 @@ def vjp_of(case: Case) -> Case:
         oracle=lambda *xs: pull(case.oracle, *xs),
         args=case.args + tuple(map(Arg, case.results)),
         results=tuple(case.args[i].pattern for i in case.floats),
+        common=(len(case.args),) if len(case.results) == 1 else (),
     )
 
 

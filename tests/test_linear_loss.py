@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import functitan as ft
 from functitan.axes import write_axes
 from functitan.ops.chunked_loss import default_chunk
+from functitan.testing.sharded import sharded
 
 AXES = ("batch", "seq", "heads", "embed", "vocab")
 PATTERN = "batch seq embed, embed vocab, batch seq"
@@ -289,14 +290,14 @@ def test_losses_are_float32_of_products_in_the_dtype_of_x():
     close(ours, theirs, 1e-6)  # float32 exp and log of few terms in another order
 
 
-def test_logits_of_any_size_overflow_nothing():
+@pytest.mark.parametrize("mesh", [{}, {"tp": 2}], ids=str)
+def test_logits_of_any_size_overflow_nothing(mesh):
     x, w, labels = example()
+    loss = lambda *values: ft.linear_cross_entropy(PATTERN, *values, chunk=5)
+    run = sharded(loss, PATTERNS, "batch seq", mesh=mesh, rules=RULES) if mesh else loss
     for scale in (1e3, -1e3, 1e-30):
-        close(
-            ft.linear_cross_entropy(PATTERN, scale * x, w, labels, chunk=5),
-            F.cross_entropy(scale * (x @ w).flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape),
-            1e-10,  # of losses up to 1e4
-        )
+        expected = F.cross_entropy(scale * (x @ w).flatten(0, 1), labels.flatten(), reduction="none")
+        close(run(scale * x, w, labels), expected.view(labels.shape), 1e-10)  # of losses up to 1e4
 
 
 # --- labels that are none -------------------------------------------------------------------------------------------

@@ -87,9 +87,9 @@ def test_losses_are_the_same_function_under_every_table(model, config, mesh, rul
     batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:]}
 
     def program(params, batch):
-        return ft.value_and_grad(lambda params: model.loss(params, batch, config)[0])(params)
+        return ft.value_and_grad(lambda params: model.loss(params, batch, config), has_aux=True)(params)
 
-    of_mesh = sharded(program, (declared, "batch seq"), (None, declared), mesh=mesh, rules=rules)
+    of_mesh = sharded(program, (declared, "batch seq"), ((None, None), declared), mesh=mesh, rules=rules)
     assert_close(of_mesh(params, batch), program(params, batch), tolerance=1e-10)
 
 

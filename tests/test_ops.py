@@ -282,7 +282,8 @@ def attention(draw) -> Case:
 def hidden(draw, case: Case, axis: str) -> Case:
     """The case for each position of an axis, which at least one operand of each result has."""
     places = [draw(st.none() | st.integers(0, len(arg.pattern.split()))) for arg in case.args]
-    if any(place is None for place in places) and (len(case.results) > 1 or not any(p is not None for p in places)):
+    common = range(len(places)) if len(case.results) == 1 else case.common
+    if any(place is None for place in places) and all(places[i] is None for i in common):
         places = [0] * len(places)
     if axis == "copy":
         return batched(case, axis, places, torch.func.vmap)

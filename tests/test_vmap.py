@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import pytest
 import torch
+from torch.nn import functional as F
 
 import functitan as ft
 from functitan.ops.move import constrain_like
-from functitan.testing.sharded import sharded
+from functitan.testing.sharded import assert_close, sharded
 
 
 def test_a_result_is_batched_only_if_one_of_its_operands_is():
@@ -29,3 +33,22 @@ def test_other_axes_give_way_to_a_hidden_one():
     run = sharded(run, ("example seq", "seq heads"), ("example", "example seq"), mesh=dict(dp=2), rules=rules)
     value, gradient = run(x, like)
     assert torch.equal(value, x.square().sum(1)) and torch.equal(gradient, 2 * x)  # whole numbers
+
+
+def test_gradients_that_nobody_wants_may_lie_otherwise_than_their_tensors():
+    """Many cotangents of one loss take the mesh dim of the vocabulary: the gradient of x has none, the weight's has."""
+    rules = ft.AxisRules({"example": "dp", "vocab": "dp", "batch": None, "embed": None})
+    generator = torch.Generator().manual_seed(0)
+    x, w, g = (torch.randn(shape, dtype=torch.float64, generator=generator) for shape in ((2, 3), (3, 4), (6,)))
+    labels = torch.tensor([3, 1])
+
+    def pull(place, x, w, labels, g):
+        loss = lambda y: ft.linear_cross_entropy("batch embed, embed vocab, batch ->", *((y, w), (x, y))[place], labels)
+        return ft.vmap(lambda g: torch.func.vjp(loss, (x, w)[place])[1](g)[0], axis="example")(g)
+
+    patterns, rows = ("batch embed", "embed vocab", "batch", "example"), "example batch embed"
+    run = sharded(partial(pull, 0), patterns, rows, mesh=dict(dp=2), rules=rules)
+    gradient = torch.func.grad(lambda x: F.cross_entropy(x @ w, labels, reduction="sum"))(x)
+    assert_close(run(x, w, labels, g), g.view(6, 1, 1) * gradient)
+    with pytest.raises(ft.LayoutError, match="operand 'embed vocab': axis 'vocab' lies over"):
+        sharded(partial(pull, 1), patterns, rows, mesh=dict(dp=2), rules=rules)(x, w, labels, g)

@@ -107,11 +107,11 @@ def _vjp(
     (x, w, labels), (_, lse), (g, of_lse) = tensors, results, grads
     assert g is not None and of_lse is None, "the logsumexp is for backward alone"
     shown = frozenset((*static.logits.axes, *static.w.axes, static.embed))
-    every = tuple(sorted({hidden for y in (x, w, labels, lse, g) for hidden in hidden_axes(y, env, shown)}))
+    every = tuple(dict.fromkeys(hidden for y in (x, w, labels, lse, g) for hidden in hidden_axes(y, env, shown)))
     own = static.x.resolve(hidden_axes(x, env, shown), env)
     x = lift(static.x, x, every, env, label)
     labels, lse, g = (lift(static.rows, y, every, env, label) for y in (labels, lse, g))
-    terms = Term(0, (0, 1, 2, 3, 4)), Term(1, (0, 1, 2, 3, 4))
+    terms = tuple(Term(result, (0, 1, 2, 3, 4)) for result in range(2))
     typed = Contraction((static.x, static.w, *3 * [static.rows]), (static.w, static.logits), terms, ())
     full, (hidden, _) = resolve(typed, (x, w, labels, lse, g), env, label)
     (of_x, of_w, *_), (of_dw, logits) = full.operands, full.results
