@@ -17,6 +17,7 @@ from functitan.errors import (
     RulesError,
 )
 from functitan.ops.attention import attention
+from functitan.ops.checkpoint_name import checkpoint_name
 from functitan.ops.dropout import dropout
 from functitan.ops.einsum import einsum
 from functitan.ops.linear_loss import linear_cross_entropy
@@ -35,11 +36,13 @@ from functitan.sharding.launch import launch
 from functitan.sharding.rules import AxisRules
 from functitan.sharding.virtual import simulate
 from functitan.train import TrainState, train_step
+from functitan.transforms import remat_policies
 from functitan.transforms.accumulate import accumulate
 from functitan.transforms.checked import check_equal, checked
 from functitan.transforms.grad import grad, hvp, jvp, value_and_grad
 from functitan.transforms.jit import jit
 from functitan.transforms.precision import precision
+from functitan.transforms.remat import remat
 from functitan.transforms.vmap import vmap
 
 if TYPE_CHECKING:
@@ -65,6 +68,7 @@ __all__ = [
     "broadcast",
     "check_equal",
     "checked",
+    "checkpoint_name",
     "constrain",
     "cross_entropy",
     "data",
@@ -91,6 +95,8 @@ __all__ = [
     "rearrange",
     "record",
     "reduce",
+    "remat",
+    "remat_policies",
     "reshard",
     "rms_norm",
     "select",

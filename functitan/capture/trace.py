@@ -73,7 +73,8 @@ def trace(
     with _ONE_AT_A_TIME, _disable_current_modes(), mode:
         fakes = tuple(mode.from_tensor(x) if type(x) is Tensor else _twin(x) for x in inputs)
         try:
-            mutating = make_fx(inside, decomposition_table=table)(*fakes)
+            with torch.fx.traceback.preserve_node_meta():  # marks of what remat computes again
+                mutating = make_fx(inside, decomposition_table=table)(*fakes)
             _check_constants(mutating, inside, fakes, what)
             pure = torch.func.functionalize(_runner(mutating), remove="mutations")
             graph = make_fx(pure, decomposition_table=table)(*fakes)

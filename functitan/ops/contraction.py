@@ -62,7 +62,8 @@ def contract(
     made = made or (None,) * len(typed.results)
     full, hidden = resolve(typed, tensors, env, label)
     chosen = plan(full, env.mesh.sizes, fixed)
-    plain = chosen.is_local and reduction == "sum" and env.taps is None  # taps see the backward of every op, too
+    seen = env.taps is not None or env.memo is not None  # taps see the backward of every op, too
+    plain = chosen.is_local and reduction == "sum" and not seen
     if plain and _transposes_locally(full, env, fixed):
         values = tuple(cast(x, compute) for x in tensors)
         return tuple(_local(typed, chosen, r, values, made[r]) for r in range(len(typed.results)))

@@ -67,7 +67,11 @@ class Call(NamedTuple):
 
     def transposed(self) -> Env:
         """The surroundings of the ops that its vjp calls."""
-        return self.env._replace(phase="backward") if self.env.phase == "forward" else self.env
+        phase = "backward" if self.env.phase == "forward" else self.env.phase
+        return self.env._replace(phase=phase, recomputed=False, memo=None)
+
+
+NAME = "checkpoint_name"  # of the op that names a tensor for remat
 
 
 class Tap(NamedTuple):
@@ -144,6 +148,11 @@ def transforms_active() -> bool:
     return functorch.peek_interpreter_stack() is not None
 
 
+def is_differentiated(x: Tensor) -> bool:
+    """True for a tensor that plain autograd tracks, or that a torch.func transform has wrapped."""
+    return x.requires_grad or functorch.is_functorch_wrapped_tensor(x)
+
+
 def needs_higher_derivatives(env: Env) -> bool:
     """True where a kernel with no more than a first reverse derivative would fail: nested transforms, forward mode."""
     stack = functorch.get_interpreter_stack() or []
@@ -157,9 +166,13 @@ def current_level() -> int:
 
 
 def _run(call: Call, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Run an op on plain shards; the one place where all do, and so where taps see them."""
-    results = tuple(call.op.run(call, *tensors))
+    """Run an op on plain shards; the one place where all do, and so where taps see them and remat stores them."""
     env = call.env
+    if env.memo is None:
+        results = tuple(call.op.run(call, *tensors))
+    else:
+        compute = lambda: tuple(call.op.run(call, *tensors))
+        results = env.memo.results(call, tensors, compute, call.op.name == NAME)
     if env.taps is not None:
         sent = 0 if env.ledger is None else len(env.ledger)
         env.taps.entries.append(Tap(call, tuple(y.clone() for y in results), sent))

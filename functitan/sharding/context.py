@@ -19,6 +19,7 @@ from functitan.errors import MeshError, check_function, report
 from functitan.sharding.distributed import mesh_of
 from functitan.sharding.layout import Layout, layout_of
 from functitan.sharding.ledger import Entry, Ledger, Taps
+from functitan.sharding.memo import Memo
 from functitan.sharding.mesh import Mesh, MeshSizes, Transport
 from functitan.sharding.precision import Precision
 from functitan.sharding.program import user_line
@@ -41,6 +42,7 @@ class Env(NamedTuple):
     line: str = ""  # the user's, where an op was called; only while checked
     precision: Precision | None = None  # none: dtypes are left as they are
     capture: Capture | None = None  # of the program that is being captured
+    memo: Memo | None = None  # what remat stores, or has stored, of the function that runs
 
     def layout(self, axes: tuple[str, ...]) -> Layout:
         """The layout of a pattern here; only where there is a mesh."""

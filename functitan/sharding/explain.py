@@ -64,7 +64,7 @@ def explain(
     names = [f"argument {path}" for path in tree.paths(args)]
     layouts = check_leaves("ft.explain", zip(names, known, shapes, strict=True), rules, sizes)
     ledger = Ledger(f"one call on {dict(zip(sizes.dims, sizes.sizes, strict=True))}, rank 0")
-    env = Env(Mesh(sizes, (0,) * len(sizes.dims), _transport(sizes)), rules, ledger=ledger)
+    env = Env(Mesh(sizes, (0,) * len(sizes.dims), shapes_only(sizes)), rules, ledger=ledger)
     with FakeTensorMode(allow_non_fake_inputs=True):
         shards = [_shard(leaf, layout, sizes) for leaf, layout in zip(leaves, layouts, strict=True)]
         memory = _Memory([x for x in shards if isinstance(x, Tensor)])
@@ -108,7 +108,9 @@ class _Memory(TorchDispatchMode):
         self.alive -= nbytes
 
 
-def _transport(sizes: MeshSizes) -> Transport:
+def shapes_only(sizes: MeshSizes) -> Transport:
+    """A transport whose collectives send nothing: for fake tensors."""
+
     def all_gather(x, dims, note):
         return x.new_empty((sizes.size(dims), *x.shape))
 

@@ -31,9 +31,9 @@ class Capture:
 
     def __init__(self) -> None:
         self.meshes: list[Mesh] = []  # a graph names them by their place here
-        self.failures: list[
-            tuple[Tensor, Callable[[], Exception]]
-        ] = []  # a bool `[]`, and what to raise where it holds
+        # a bool `[]`, and what to raise where it holds
+        self.failures: list[tuple[Tensor, Callable[[], Exception]]] = []
+        self.recomputations = 0  # so far; the nodes of each are marked with its number
 
     def place(self, mesh: Mesh) -> int:
         if mesh not in self.meshes:

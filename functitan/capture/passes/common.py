@@ -29,9 +29,13 @@ def merge_equal(program: Program) -> Program:
     return program
 
 
-def _key(node: Node) -> tuple[Any, str]:
-    args = collective_of(node)._replace(op="", pattern="") if is_collective(node) else node.args  # whoever asks
-    return node.target, repr((tuple(args), sorted(node.kwargs.items())))  # a node is written as its name
+def _key(node: Node) -> tuple[Any, ...]:
+    args, again = node.args, node.meta.get("custom", {}).get("recomputation")
+    if is_collective(node):  # which op asked does not matter
+        args = collective_of(node)._replace(op="", pattern="")
+        if again is not None:  # the regather of a backward may be that of its recomputation
+            args = args._replace(recomputed=True)
+    return node.target, again, repr((tuple(args), sorted(node.kwargs.items())))  # a node is written as its name
 
 
 def _keeps(node: Node) -> bool:

@@ -1,0 +1,101 @@
+"""`ft.remat`: a function that keeps its arguments for backward, and computes the rest again.
+
+Invariant: the backward of a rematerialized function is one itself, so no derivative of any order keeps what the function
+computed. The function runs below all transforms, on plain tensors; its recomputation reads only what the call kept.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functitan import tree
+from functitan.errors import FunctitanError, report
+from functitan.ops.function import transforms_active
+from functitan.sharding.context import current, using
+from functitan.transforms.closures import closed_over
+from functitan.transforms.region import apply_region, recorded
+from functitan.transforms.remat_policies import Budget, Policy, check_policy, everything_saveable, nothing_saveable
+
+
+def remat(fn: Callable[..., Any], *, policy: Policy | Budget = nothing_saveable, offload: bool = False) -> Any:
+    """`fn`, which stores for backward its arguments and what `policy` says, and computes the rest again there.
+
+    The policies are `ft.remat_policies`: `nothing_saveable` (the default), `dots_saveable`, `everything_saveable`,
+    `save_only_these_names("attn_out")` for what `ft.checkpoint_name` named, `budget(bytes)`; or a function of a
+    `remat_policies.Made`. They choose among results of named ops. `offload=True` moves what the policy stores to host
+    memory in forward, and back in backward. For every k-th layer only: `ft.remat(block) if i % k == 0 else block`.
+
+    Values and gradients are those of `fn`, under every transform and in a captured step, where the recomputation stays
+    apart from forward. Randomness that comes from keys replays exactly. Arguments and results are trees; leaves that
+    are no tensors are static. Collectives of the recomputation are `recomputed` in the ledger, in phase "backward".
+
+    Raises `FunctitanError` for a tensor that `fn` closes over and that is differentiated: it would get no gradient.
+    Griewank and Walther, Algorithm 799: revolve, 2000; Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016.
+
+    >>> import torch, functitan as ft
+    >>> block = remat(lambda w, x: torch.tanh(w * x).sum())
+    >>> ft.grad(block)(torch.zeros(2), torch.ones(2))
+    tensor([1., 1.])
+    """
+    where = f"ft.remat of {getattr(fn, '__qualname__', repr(fn))}"
+    check_policy(policy, where)
+    if policy is everything_saveable:
+        return fn
+    plans: dict[Any, Any] = {}  # of a budget, by the shapes it was made for
+
+    @functools.wraps(fn)
+    def rematerialized(*args: Any, **kwargs: Any) -> Any:
+        leaves, structure = tree.flatten((args, kwargs))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        tensors = [leaves[i] for i in places]
+        env = current()
+        if not transforms_active() and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+            with using(env._replace(memo=None)):  # of a remat around this one
+                return fn(*args, **kwargs)
+        _check_closure(fn, where)
+        result: list[Any] = []
+
+        def flat(*xs: Tensor) -> tuple[Tensor, ...]:
+            given = list(leaves)
+            for place, x in zip(places, xs, strict=True):
+                given[place] = x
+            inner_args, inner_kwargs = tree.unflatten(structure, given)
+            result[:] = tree.flatten(fn(*inner_args, **inner_kwargs))
+            return tuple(x for x in result[0] if isinstance(x, Tensor))
+
+        statics = tuple((i, type(leaf), leaf) for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor))
+        region = recorded(flat, policy, offload, env, where, functools.partial(_planned, plans, (structure, statics)))
+        values = iter(apply_region(region, tensors))
+        found, shape = result
+        return tree.unflatten(shape, [next(values) if isinstance(x, Tensor) else x for x in found])
+
+    return rematerialized
+
+
+def _planned(plans: dict[Any, Any], call: Any, shapes: Any, plan: Callable[[], Any]) -> Any:
+    """A budget's choice for calls of one kind, made once."""
+    key = (call, shapes)
+    try:
+        hash(key)
+    except TypeError:  # a static argument that cannot be compared
+        return plan()
+    if key not in plans:
+        plans[key] = plan()
+    return plans[key]
+
+
+def _check_closure(fn: Callable[..., Any], where: str) -> None:
+    problems = [
+        f"it closes over {path}, a tensor {tuple(x.shape)} that is differentiated and would get no gradient"
+        for path, x in closed_over(fn)
+    ]
+    if problems:
+        raise FunctitanError(report(where, problems, FIX_CLOSURE))
+
+
+FIX_CLOSURE = "pass it as an argument: ft.remat(lambda w, x: ...)(w, x)"
