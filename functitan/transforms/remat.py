@@ -51,28 +51,29 @@ def remat(fn: Callable[..., Any], *, policy: Policy | Budget = nothing_saveable,
     @functools.wraps(fn)
     def rematerialized(*args: Any, **kwargs: Any) -> Any:
         leaves, structure = tree.flatten((args, kwargs))
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        tensors = [leaves[i] for i in places]
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         env = current()
         if not transforms_active() and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
             with using(env._replace(memo=None)):  # of a remat around this one
                 return fn(*args, **kwargs)
         _check_closure(fn, where)
+        static = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # backward keeps no tensors by them
+        del leaves
         result: list[Any] = []
 
         def flat(*xs: Tensor) -> tuple[Tensor, ...]:
-            given = list(leaves)
-            for place, x in zip(places, xs, strict=True):
-                given[place] = x
+            left = iter(xs)
+            given = [next(left) if leaf is _TENSOR else leaf for leaf in static]
             inner_args, inner_kwargs = tree.unflatten(structure, given)
-            result[:] = tree.flatten(fn(*inner_args, **inner_kwargs))
-            return tuple(x for x in result[0] if isinstance(x, Tensor))
+            out, shape = tree.flatten(fn(*inner_args, **inner_kwargs))
+            result[:] = [_TENSOR if isinstance(x, Tensor) else x for x in out], shape
+            return tuple(x for x in out if isinstance(x, Tensor))
 
-        statics = tuple((i, type(leaf), leaf) for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor))
+        statics = tuple((type(leaf), leaf) for leaf in static)
         region = recorded(flat, policy, offload, env, where, functools.partial(_planned, plans, (structure, statics)))
         values = iter(apply_region(region, tensors))
         found, shape = result
-        return tree.unflatten(shape, [next(values) if isinstance(x, Tensor) else x for x in found])
+        return tree.unflatten(shape, [next(values) if x is _TENSOR else x for x in found])
 
     return rematerialized
 
@@ -98,4 +99,5 @@ def _check_closure(fn: Callable[..., Any], where: str) -> None:
         raise FunctitanError(report(where, problems, FIX_CLOSURE))
 
 
+_TENSOR = object()  # stands for a tensor among leaves
 FIX_CLOSURE = "pass it as an argument: ft.remat(lambda w, x: ...)(w, x)"
