@@ -10,6 +10,7 @@ from torch import Tensor
 from functitan import tree
 from functitan.nn import rope
 from functitan.ops.attention import attention
+from functitan.ops.checkpoint_name import checkpoint_name
 from functitan.ops.einsum import einsum
 from functitan.ops.reduce import broadcast
 from functitan.param import Initializer, Param, fan_in, zeros
@@ -61,7 +62,7 @@ def apply(
 ) -> Tensor:
     """`x` and the result: "batch seq embed"; `positions` and `segments`: "batch seq".
 
-    Without `theta` nothing is rotated: positions then come with `x`.
+    Without `theta` nothing is rotated: positions then come with `x`. What the heads give is named "attn_out".
     """
     q, k, v = einsum(
         "batch seq embed, embed heads head_dim, embed kv_heads head_dim, embed kv_heads head_dim"
@@ -77,5 +78,6 @@ def apply(
         k = rope.apply("batch seq kv_heads head_dim", k, theta=theta, scaling=scaling, positions=positions)
     pattern = "batch seq heads head_dim, batch seq kv_heads head_dim"
     out = attention(pattern, q, k, v, causal=causal, positions=positions, segments=segments)
+    out = checkpoint_name(out, "attn_out")
     out = einsum("batch seq heads head_dim, heads head_dim embed -> batch seq embed", out, params["out"])
     return out + broadcast("embed -> batch seq embed", params["out_bias"]) if "out_bias" in params else out

@@ -53,10 +53,11 @@ def remat(fn: Callable[..., Any], *, policy: Policy | Budget = nothing_saveable,
         leaves, structure = tree.flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         env = current()
+        if transforms_active() or torch.is_grad_enabled():
+            _check_closure(fn, where)
         if not transforms_active() and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
             with using(env._replace(memo=None)):  # of a remat around this one
                 return fn(*args, **kwargs)
-        _check_closure(fn, where)
         static = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # backward keeps no tensors by them
         del leaves
         result: list[Any] = []
