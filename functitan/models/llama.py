@@ -5,7 +5,7 @@ Invariant: nothing here mentions devices; every tensor's layout follows from its
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -111,16 +111,18 @@ def apply(
     *,
     positions: Tensor | None = None,
     segments: Tensor | None = None,
-    block: Callable[..., Tensor] = block,
+    block: Callable[..., Tensor] | Sequence[Callable[..., Tensor]] = block,
 ) -> Tensor:
     """Logits "batch seq vocab" of tokens "batch seq" (int64).
 
-    `block` replaces the function of a block: `functools.partial` or any wrapper of `llama.block`.
+    `block` replaces the function of a block: `functools.partial` or any wrapper of `llama.block`, such as `ft.remat`;
+    or the functions of all, in order: `[ft.remat(block) if i % 2 else block for i in range(config.num_layers)]`.
     """
     check_params("llama", params, _declared(config))
     x = take("batch seq, vocab embed -> batch seq embed", tokens, params["embedding"])
-    for layer in params["layers"]:
-        x = block(layer, x, config, positions, segments)
+    blocks = [block] * len(params["layers"]) if callable(block) else block
+    for layer, run in zip(params["layers"], blocks, strict=True):
+        x = run(layer, x, config, positions, segments)
     x = rms_norm.apply(params["norm"], x, eps=config.norm_eps)
     if config.tied:
         logits = einsum("batch seq embed, vocab embed -> batch seq vocab", x, params["embedding"])

@@ -29,7 +29,9 @@ class Memo:
         self.saves = saves
         self.kept = {entry.place: entry.results for entry in kept}
         self.count = 0
-        self._made: dict[int, tuple[int, Any]] = {}  # id of a result: its call's place, and a reference that shows its end
+        self._made: dict[
+            int, tuple[int, Any]
+        ] = {}  # id of a result: its call's place, and a reference that shows its end
 
     def results(self, call: Any, tensors: Results, compute: Callable[[], Results], is_name: bool) -> Results:
         """The results of the next call: computed, or those that were stored."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._functorch.vmap import restore_vmap  # private: tried on torch 2.13
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.traceback import annotate  # not stable: tried on torch 2.13
 from torch.utils._python_dispatch import _disable_current_modes  # private: tried on torch 2.13
 
 from functitan.errors import FunctitanError, report
@@ -60,19 +61,19 @@ def recorded(
     wants = policy is not nothing_saveable
 
     def run(*xs: Tensor) -> Tensors:
-        saves = known.get("saves") or (lambda place, call, found: policy(made(place, call, found)))  # type: ignore[operator]
-        seen: set[str] = set()
+        names: set[str | None] = set()
+        accepts = known.get("accepts", policy)
 
-        def noting(place: int, call: Call, found: Tensors) -> bool:
+        def saves(place: int, call: Call, found: Tensors) -> bool:
             its = made(place, call, found)
-            seen.update({its.name} - {None})  # type: ignore[arg-type]
-            return saves(place, call, found)
+            names.add(its.name)
+            return accepts(its)
 
-        memo = Memo(noting) if wants else None
+        memo = Memo(saves) if wants else None
         with using(current()._replace(memo=memo)):
             results = flat(*xs)
         if isinstance(policy, Names):
-            check_names(policy.names, seen, where)
+            check_names(policy.names, names, where)
         entries = () if memo is None else memo.entries()
         known["results"], known["places"] = len(results), [(kept.place, len(kept.results)) for kept in entries]
         stored = [x for kept in entries for x in kept.results]
@@ -94,13 +95,12 @@ def recorded(
         chosen = planned(_shapes(region, tensors), lambda: policy.choose(_dry_run(region, tensors)))
         left = [policy.bytes]
 
-        def saves(place: int, call: Call, found: Tensors) -> bool:
-            size = made(place, call, found).bytes
-            fits = place in chosen and size <= left[0]
-            left[0] -= size * fits
+        def accepts(its: Made) -> bool:
+            fits = its.place in chosen and its.bytes <= left[0]
+            left[0] -= its.bytes * fits
             return fits
 
-        known["saves"] = saves
+        known["accepts"] = accepts
 
     if isinstance(policy, Budget):
         known["choose"] = choose
@@ -233,7 +233,7 @@ def _marked(region: Region) -> AbstractContextManager[Any]:
     if capture is None or not region.again:
         return nullcontext()
     capture.recomputations += 1
-    return torch.fx.traceback.annotate({"recomputation": capture.recomputations})
+    return annotate({"recomputation": capture.recomputations})
 
 
 def _to_host(x: Tensor) -> Tensor:
@@ -255,13 +255,12 @@ def _dry_run(region: Region, tensors: Tensors) -> list[Made]:
     if mesh is not None:
         mesh = mesh._replace(transport=shapes_only(mesh.sizes))
 
-    def note(place: int, call: Call, found: Tensors) -> bool:
-        sent = sum(entry.bytes for entry in ledger.entries)
+    def note(its: Made) -> bool:
+        calls.append(its._replace(sent=ledger.total_bytes()))
         ledger.entries.clear()
-        calls.append(made(place, call, found, sent))
         return False
 
-    region.known["saves"] = note
+    region.known["accepts"] = note
     env = current()._replace(mesh=mesh, ledger=ledger, capture=None, taps=None, checked=False)
     with _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True), using(env):
         region.run(*(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in tensors))

@@ -1,7 +1,7 @@
 """`ft.remat`: a function that keeps its arguments for backward, and computes the rest again.
 
-Invariant: the backward of a rematerialized function is one itself, so no derivative of any order keeps what the function
-computed. The function runs below all transforms, on plain tensors; its recomputation reads only what the call kept.
+Invariant: the backward of a rematerialized function is one itself, so no derivative of any order keeps what the
+function computed. The function runs below all transforms; its recomputation reads only what the call kept.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def remat(fn: Callable[..., Any], *, policy: Policy | Budget = nothing_saveable,
     are no tensors are static. Collectives of the recomputation are `recomputed` in the ledger, in phase "backward".
 
     Raises `FunctitanError` for a tensor that `fn` closes over and that is differentiated: it would get no gradient.
-    Griewank and Walther, Algorithm 799: revolve, 2000; Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016.
+    Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016.
 
     >>> import torch, functitan as ft
     >>> block = remat(lambda w, x: torch.tanh(w * x).sum())

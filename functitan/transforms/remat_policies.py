@@ -103,19 +103,20 @@ def budget(bytes: int, *, flops_per_byte: float = 1000.0) -> Budget:
     return Budget(bytes, flops_per_byte)
 
 
-def made(place: int, call: Call, results: tuple[Tensor, ...], sent: int = 0) -> Made:
+def made(place: int, call: Call, results: tuple[Tensor, ...]) -> Made:
     """What a policy is told of a call."""
     size = sum(x.numel() * x.element_size() for x in results)
     if call.op.name == NAME:
-        return Made(place, NAME, "", call.static, False, 0, sent, size)
+        return Made(place, NAME, "", call.static, False, 0, 0, size)
     flops = _flops(call.static, call.env) if isinstance(call.static, Static) else 0
     label = getattr(call.static, "label", None)
     op, pattern = (call.op.name, "") if label is None else label
-    return Made(place, op, pattern, None, flops > 0, flops, sent, size)
+    return Made(place, op, pattern, None, flops > 0, flops, 0, size)
 
 
-def check_names(names: Sequence[str], seen: set[str], where: str) -> None:
+def check_names(names: Sequence[str], given: set[str | None], where: str) -> None:
     """Raise `FunctitanError` for names that no `ft.checkpoint_name` of the function gave."""
+    seen = {name for name in given if name is not None}
     problems = [
         f"nothing in it has the checkpoint_name {name!r}{nearest(name, seen)}" for name in names if name not in seen
     ]
@@ -131,7 +132,9 @@ def check_policy(policy: object, where: str) -> None:
         raise FunctitanError(report(where, [problem], "call it: save_only_these_names('attn_out'), budget(64 * 2**20)"))
     if not callable(policy) and not isinstance(policy, Budget):
         known = [f.__name__ for f in (nothing_saveable, everything_saveable, dots_saveable)]
-        fix = f"take one of ft.remat_policies: {', '.join(known)}, save_only_these_names('attn_out'), budget(64 * 2**20)"
+        fix = (
+            f"take one of ft.remat_policies: {', '.join(known)}, save_only_these_names('attn_out'), budget(64 * 2**20)"
+        )
         close = nearest(policy, known) if isinstance(policy, str) else ""
         raise FunctitanError(report(where, [f"policy is {policy!r}{close}"], fix))
 
