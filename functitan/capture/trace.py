@@ -73,7 +73,7 @@ def trace(
     with _ONE_AT_A_TIME, _disable_current_modes(), mode:
         fakes = tuple(mode.from_tensor(x) if type(x) is Tensor else _twin(x) for x in inputs)
         try:
-            with preserve_node_meta():  # marks of what remat computes again
+            with traceback.preserve_node_meta():  # marks of what remat computes again
                 mutating = make_fx(inside, decomposition_table=table)(*fakes)
             _check_constants(mutating, inside, fakes, what)
             pure = torch.func.functionalize(_runner(mutating), remove="mutations")

@@ -161,7 +161,7 @@ def _call(found: _Compiled, args: Any, leaves: list[Any]) -> Any:
 
 
 def _at_home(program: Program, donated: Sequence[int]) -> tuple[Program, tuple[int | None, ...]]:
-    """For each result a donated buffer of its shape, where there is one; what was written in place stays in its place."""
+    """For each result a donated buffer of its shape, where there is one; what was written in place stays there."""
     nodes = list(program.graph.graph.nodes)
     placeholders, output = [node for node in nodes if node.op == "placeholder"], nodes[-1]
     count = len(output.args[0]) - len(program.written)
