@@ -6,29 +6,41 @@ Invariant: the same messages travel, in the same order, as if `steps.send` had s
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from functitan.sharding.mesh import Mesh
-from functitan.sharding.traced import Collective, collective_of, is_collective, options_of
+from functitan.sharding.traced import Collective, collective_of, emit, is_collective, options_of
 
 
 def lower_collectives(graph: GraphModule, meshes: tuple[Mesh, ...], compiled: bool) -> GraphModule:
-    """Replace each captured collective by what runs it on its mesh: functional c10d ops, and waits, where `compiled`."""
+    """Replace each captured collective by what runs it on its mesh: functional c10d ops where `compiled`.
+
+    Those start where the captured one stands, and are waited for where the result is first used.
+    """
     for node in list(graph.graph.nodes):
         if is_collective(node):
             its = collective_of(node)
             mesh = meshes[its.mesh]
             with graph.graph.inserting_before(node):
-                new = _functional(graph, its, mesh) if compiled else _called(graph, its, mesh)
+                new = _started(graph.graph, its, mesh) if compiled else _called(graph, its, mesh)
+            if compiled:
+                with graph.graph.inserting_before(_first_user(node)):
+                    new = _finished(graph.graph, its, new)
             new.meta.update(node.meta)
             node.replace_all_uses_with(new)
             graph.graph.erase_node(node)
     graph.recompile()
     return graph
+
+
+def _first_user(node: Node) -> Node:
+    after = node.next
+    while after not in node.users and after.op != "output":
+        after = after.next
+    return after
 
 
 def _called(graph: GraphModule, its: Collective, mesh: Mesh) -> Node:
@@ -41,35 +53,26 @@ def _run(x: Tensor, mesh: Mesh, its: Collective) -> Tensor:
     return getattr(mesh.transport, its.kind)(x, its.mesh_dims, *options_of(its), (its.op, its.pattern))
 
 
-def _functional(graph: GraphModule, its: Collective, mesh: Mesh) -> Node:
+def _started(graph: Graph, its: Collective, mesh: Mesh) -> Node:
     """As `distributed` does it: shapes there and here must agree."""
     assert mesh.transport.group is not None
     ops = torch.ops._c10d_functional
     name, n, me = mesh.transport.group(its.mesh_dims)
-    call = partial(_node, graph)
+    call = partial(emit, graph)
     match its.kind:
         case "all_gather":
-            sent = call(ops.all_gather_into_tensor.default, call(torch.ops.aten.unsqueeze.default, its.x, 0), n, name)
+            return call(ops.all_gather_into_tensor.default, call(torch.ops.aten.unsqueeze.default, its.x, 0), n, name)
         case "reduce_scatter":
-            sent = call(ops.reduce_scatter_tensor.default, its.x, its.detail, n, name)
+            return call(ops.reduce_scatter_tensor.default, its.x, its.detail, n, name)
         case "all_reduce":
-            sent = call(ops.all_reduce.default, its.x, its.detail, name)
+            return call(ops.all_reduce.default, its.x, its.detail, name)
         case "all_to_all":
-            sent = call(ops.all_to_all_single.default, its.x, [1] * n, [1] * n, name)
-        case "permute":
-            send, receive, shift = [0] * n, [0] * n, int(its.detail)
-            send[(me + shift) % n] = receive[(me - shift) % n] = 1
-            sent = call(
-                ops.all_to_all_single.default, call(torch.ops.aten.unsqueeze.default, its.x, 0), receive, send, name
-            )
-    done = call(ops.wait_tensor.default, sent)
-    if its.kind in ("reduce_scatter", "permute"):
-        done = call(torch.ops.aten.squeeze.dim, done, 0)
-    return done
+            return call(ops.all_to_all_single.default, its.x, [1] * n, [1] * n, name)
+    send, receive, shift = [0] * n, [0] * n, int(its.detail)
+    send[(me + shift) % n] = receive[(me - shift) % n] = 1
+    return call(ops.all_to_all_single.default, call(torch.ops.aten.unsqueeze.default, its.x, 0), receive, send, name)
 
 
-def _node(graph: GraphModule, target: Any, *args: Any) -> Node:
-    node = graph.graph.call_function(target, args)
-    values = torch.fx.map_arg(args, lambda n: n.meta["val"])
-    node.meta["val"] = target(*values)
-    return node
+def _finished(graph: Graph, its: Collective, sent: Node) -> Node:
+    done = emit(graph, torch.ops._c10d_functional.wait_tensor.default, sent)
+    return emit(graph, torch.ops.aten.squeeze.dim, done, 0) if its.kind in ("reduce_scatter", "permute") else done

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import Graph, Node, map_arg
 
 from functitan.sharding.ledger import FORMULAS, Entry
 from functitan.sharding.mesh import Mesh
@@ -69,6 +69,13 @@ class Collective(NamedTuple):
 def collective(x: Tensor, *rest: Any) -> Tensor:
     """Put a collective into the graph that is being traced: `rest` are the fields of `Collective` after `x`."""
     return COLLECTIVE(x, *rest)
+
+
+def emit(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
+    """A new node of a captured graph, where the graph inserts, with its fake value."""
+    node = graph.call_function(target, args, kwargs)
+    node.meta["val"] = target(*map_arg(args, lambda n: n.meta["val"]), **kwargs)
+    return node
 
 
 def is_collective(node: Node) -> bool:

@@ -1,1 +1,27 @@
-"""Passes: small functions from a captured program to a captured program."""
+"""Passes over captured programs, by name, in the order in which they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from functitan.capture.passes.bucket import bucket_collectives
+from functitan.capture.passes.common import merge_equal
+from functitan.capture.passes.dead import remove_dead
+from functitan.capture.passes.overlap import overlap
+from functitan.capture.trace import Program
+
+PASSES: dict[str, Callable[[Program], Program]] = {
+    "merge_equal": merge_equal,
+    "remove_dead": remove_dead,
+    "bucket_collectives": bucket_collectives,
+    "overlap": overlap,
+}
+
+
+def run_passes(program: Program, names: tuple[str, ...]) -> Program:
+    """The program after these passes."""
+    for name in names:
+        program = PASSES[name](program)
+        program.graph.graph.lint()
+        program.graph.recompile()
+    return program

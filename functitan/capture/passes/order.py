@@ -1,20 +1,74 @@
-"""Passes over captured programs, by name, in the order in which they run."""
+"""Where in a graph a collective may stand, and what moves with it.
+
+Invariant: only ops of one tensor (views, casts, copies), and a bucket's concatenation, move along with a collective;
+what computes stays in its place, so a pass keeps alive for longer only what it says.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
-from functitan.capture.passes.common import merge_equal
-from functitan.capture.passes.dead import remove_dead
-from functitan.capture.trace import Program
+import torch
+from torch.fx import Graph, Node
 
-PASSES: dict[str, Callable[[Program], Program]] = {"merge_equal": merge_equal, "remove_dead": remove_dead}
+from functitan.sharding.traced import collective_of, is_collective
+
+Places = dict[Node, int]
 
 
-def run_passes(program: Program, names: tuple[str, ...]) -> Program:
-    """The program after these passes."""
-    for name in names:
-        program = PASSES[name](program)
-        program.graph.graph.lint()
-        program.graph.recompile()
-    return program
+def places(graph: Graph) -> Places:
+    """The place of each node in the order of execution."""
+    return {node: i for i, node in enumerate(graph.nodes)}
+
+
+def alike(graph: Graph) -> list[list[Node]]:
+    """The collectives that one message could carry, by kind, mesh, dims, reduction, dtype and stretch of a phase.
+
+    A phase may come again, as forward does in a step with two gradients: those are two stretches.
+    """
+    groups: dict[Any, list[Node]] = {}
+    stretch, before = 0, ""
+    for node in graph.nodes:
+        if is_collective(node):
+            its = collective_of(node)
+            stretch += before != its.phase and not its.recomputed
+            before = before if its.recomputed else its.phase
+            key = (its.kind, its.mesh, its.dims, its.detail, its.x.meta["val"].dtype, its.phase, its.recomputed, stretch)
+            groups.setdefault(key, []).append(node)
+    return list(groups.values())
+
+
+def needed_before(x: Node, place: int, at: Places) -> list[Node] | None:
+    """What must move up for `x` to be known at `place`, in order; `None` where that is more than may move."""
+    found: dict[Node, None] = {}
+    open_ = [x]
+    while open_:
+        node = open_.pop()
+        if at[node] >= place and node not in found:
+            if not moves(node):
+                return None
+            found[node] = None
+            open_ += node.all_input_nodes
+    return sorted(found, key=at.__getitem__)
+
+
+def used_before(node: Node, place: int, at: Places) -> list[Node] | None:
+    """What must move down for `node` to come at `place`, in order; `None` where that is more than may move."""
+    found: dict[Node, None] = {}
+    open_ = [node]
+    while open_:
+        for user in open_.pop().users:
+            if at[user] < place and user not in found:
+                if not moves(user):
+                    return None
+                found[user] = None
+                open_.append(user)
+    return sorted(found, key=at.__getitem__)
+
+
+def moves(node: Node) -> bool:
+    """Whether an op may move along with a collective: it takes one tensor and computes nothing to speak of."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or is_collective(node):
+        return False
+    joins = node.target is torch.ops.aten.cat.default  # of a bucket
+    return not node.target._schema.is_mutable and (joins or len(node.all_input_nodes) == 1)
