@@ -2,60 +2,136 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import combinations
 
 import pytest
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 import functitan as ft
-from functitan.capture.passes import PASSES
+from functitan.capture.compile import compiled
+from functitan.capture.passes import PASSES, run_passes
 from functitan.capture.passes.bucket import period
+from functitan.capture.trace import Program, trace
+from functitan.sharding.collectives import all_reduce, reduce_scatter
 from functitan.sharding.traced import collective_of, is_collective
 
-CONFIG = ft.models.llama.DEBUG._replace(num_layers=2, vocab_size=256, embed=64, mlp=128, head_dim=8)
+CONFIG = ft.models.llama.DEBUG._replace(num_layers=2, vocab_size=64, embed=32, mlp=64, head_dim=8)
 RULES = ft.models.llama.RULES
-TX = ft.optim.chain(ft.optim.clip_by_global_norm(0.05), ft.optim.adamw(1e-2, weight_decay=0.1))  # a clip that acts
+PAIRED = dict(fsdp=2, tp=2)  # where every kind of message travels
 MESHES = [dict(fsdp=2), dict(tp=2), dict(fsdp=2, tp=2), dict(dp=2, fsdp=2)]
-ON = [(), *((name,) for name in PASSES), *combinations(PASSES, 2), tuple(PASSES)]
+ALONE = [*((name,) for name in PASSES), tuple(PASSES)]
+PAIRS = [*ALONE, *combinations(PASSES, 2)]
 
 
-def loss(params, batch, key):
-    return ft.models.llama.loss(params, batch, CONFIG)
+def loss(params, tokens, labels, config=CONFIG):
+    return ft.models.llama.loss(params, {"tokens": tokens, "labels": labels}, config)  # sum, count
 
 
 def batch() -> dict[str, Tensor]:
-    tokens = torch.randint(0, 256, (8, 17), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, 64, (4, 17), generator=torch.Generator().manual_seed(0))
     return {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
 
 
-def without(*on: str) -> list[str]:
-    return [name for name in PASSES if name not in on]
-
-
-def step_of(on: tuple[str, ...], config=CONFIG):
-    of_config = lambda params, batch, key: ft.models.llama.loss(params, batch, config)
-    return ft.jit(ft.train_step(of_config, TX), donate=0, skip=without(*on))
-
-
-def after_two_steps(mesh, on: tuple[str, ...]) -> tuple[Tensor, ...]:
-    """Losses, norms and parameters on this rank."""
-    step = step_of(on)
-    state = ft.TrainState.create(ft.models.llama.params(CONFIG), TX, ft.random.key(0), mesh=mesh, rules=RULES)
+def gradients_of_llama(mesh, config=CONFIG) -> tuple[Program, list[Tensor]]:
+    """The captured loss and gradients, and what to run them on."""
     local = ft.shard(batch(), "batch seq", mesh=mesh, rules=RULES)
-    found = []
-    for _ in range(2):
-        state, metrics = step(state, local)
-        found += [metrics["loss"], metrics["grad_norm"]]
-    return (*found, *ft.tree.leaves(state.params))
+    params = ft.init(ft.models.llama.params(config), ft.random.key(0), mesh=mesh, rules=RULES)
+    leaves, structure = ft.tree.flatten(params)
+    fn = ft.spmd(ft.value_and_grad(loss, has_aux=True), mesh=mesh, rules=RULES)
+
+    def flat(tokens, labels, *leaves):
+        return tuple(ft.tree.leaves(fn(ft.tree.unflatten(structure, leaves), tokens, labels, config)))
+
+    inputs = (local["tokens"], local["labels"], *leaves)
+    return trace(flat, inputs), list(inputs)
+
+
+def after(program: Program, names: tuple[str, ...]) -> Program:
+    """What the passes make of a copy."""
+    graph = GraphModule(program.graph, copy.deepcopy(program.graph.graph))
+    return run_passes(program._replace(graph=graph), names)
+
+
+def results(program: Program, inputs: list[Tensor]) -> list[Tensor]:
+    count = len(list(program.graph.graph.nodes)[-1].args[0])
+    return compiled(program, (None,) * count, "graph")(list(inputs))
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_every_pass_and_pair_of_passes_leaves_every_number_as_it_was(sizes):
-    def all_of_them(mesh):
-        return [after_two_steps(mesh, on) for on in ON]
+def test_every_pass_and_pair_of_passes_leaves_losses_and_gradients_unchanged(sizes):
+    def on_each_rank(mesh):
+        program, inputs = gradients_of_llama(mesh, CONFIG._replace(num_layers=1))
+        plain, sent = results(program, inputs), sum(entry.bytes for entry in program.entries())
+        for names in PAIRS if sizes == PAIRED else ALONE:
+            changed = after(program, names)
+            for x, y in zip(plain, results(changed, inputs), strict=True):
+                assert torch.equal(x, y), names  # bitwise: no order of summation changes
+            if not {"merge_equal", "keep_gathered"} & {*names}:  # these gather less
+                assert sum(entry.bytes for entry in changed.entries()) == sent
 
-    for plain, *others in ft.simulate(**sizes)(all_of_them)():
-        for on, other in zip(ON[1:], others, strict=True):
-            for x, y in zip(plain, other, strict=True):
-                assert torch.equal(x, y), on  # bitwise: no pass here changes an order of summation
+    ft.simulate(**sizes)(on_each_rank)()
+
+
+def blocks_of(mesh, layers: int, names=tuple(PASSES)) -> list[tuple[str, str, tuple[str, ...]]]:
+    program, _ = gradients_of_llama(mesh, CONFIG._replace(num_layers=layers))
+    entries = after(program, tuple(name for name in names if name != "keep_gathered")).entries()
+    return [(entry.phase, entry.collective, entry.mesh_dims) for entry in entries]
+
+
+def test_a_block_takes_at_most_two_collectives_in_each_direction_of_fsdp():
+    def more(mesh):  # of a further layer
+        two, three = blocks_of(mesh, 2), blocks_of(mesh, 3)
+        return [sum(phase == its[0] for its in three) - sum(phase == its[0] for its in two) for phase in ("forward", "backward")]
+
+    assert ft.simulate(fsdp=2)(more)()[0] == [1, 2]  # a gather; a gather and a reduce-scatter
+
+
+def test_a_period_is_found_where_a_sequence_repeats_itself():
+    assert period(list("E" + 3 * "nqkvodgu" + "nH")) == (8, 1, 26)
+    assert period(list("Hdd" + 4 * "x")) == (1, 3, 7)
+    assert period(list("abcd")) is None and period([]) is None
+    assert period(list("Enqkvongudn")) is None  # one layer: its pairs of equal shapes are no blocks
+
+
+def test_a_graph_without_collectives_is_untouched():
+    program, inputs = gradients_of_llama(None)
+    communicating = tuple(name for name in PASSES if name not in ("merge_equal", "remove_dead", "keep_gathered"))
+    changed = after(program, communicating)
+    assert [str(node) for node in changed.graph.graph.nodes] == [str(node) for node in program.graph.graph.nodes]
+
+
+def test_kept_gathers_are_one_for_each_weight():
+    def gathers(mesh):
+        program, inputs = gradients_of_llama(mesh)
+        kept = after(program, ("merge_equal", "keep_gathered"))
+        for x, y in zip(results(program, inputs), results(kept, inputs), strict=True):
+            assert torch.equal(x, y)
+        shards = [collective_of(node).x for node in kept.graph.graph.nodes if is_collective(node) and node.args[1] == "all_gather"]
+        assert len(set(shards)) == len(shards)
+        return {entry.phase for entry in kept.entries() if entry.collective == "all_gather"}
+
+    assert ft.simulate(fsdp=2)(gathers)() == [{"forward"}] * 2
+    assert "keep_gathered" in ft.jit(loss, keep_gathered=True).passes
+    assert "keep_gathered" not in ft.jit(loss).passes
+
+
+@pytest.mark.parametrize("view", [lambda x: x, lambda x: x.view(2, 2).t()], ids=["as it is", "through views"])
+def test_a_sum_of_reductions_is_the_reduction_of_a_sum(view):
+    def fn(x, y, z):
+        parts = [view(all_reduce(x, "dp")), view(all_reduce(y, "dp")), view(all_reduce(z, "dp"))]
+        scattered = reduce_scatter(x, "dp") + reduce_scatter(y, "dp")
+        return (parts[0] + parts[1]) + parts[2], scattered, all_reduce(x, "dp", "max") + all_reduce(y, "dp", "max")
+
+    def on_each_rank(mesh):
+        xs = torch.randn(3, 4, generator=torch.Generator().manual_seed(mesh.rank)).unbind()
+        fn_ = ft.spmd(fn, mesh=mesh, rules=ft.AxisRules({}))
+        jitted = ft.jit(fn_, skip=["bucket_collectives"])
+        ft.testing.assert_trees_all_close(jitted(*xs), fn_(*xs), atol=1e-6, rtol=1e-6)  # another order of summation
+        nodes = [collective_of(node) for node in jitted.graph(*xs).graph.nodes if is_collective(node)]
+        return sorted(f"{its.kind} {its.detail}" for its in nodes)
+
+    found = ft.simulate(dp=2)(on_each_rank)()[0]
+    assert found == ["all_reduce max", "all_reduce max", "all_reduce sum", "reduce_scatter sum"]

@@ -43,6 +43,12 @@ class Program(NamedTuple):
         """What one run of it enters into a ledger."""
         return [collective_of(node).entry() for node in self.graph.graph.nodes if is_collective(node)]
 
+    def notes(self) -> list[str]:
+        """What a ledger of it should say besides."""
+        kinds = {entry.collective for entry in self.entries()}
+        whole = any(mesh.transport.scatters_whole for mesh in self.meshes)
+        return [_WHOLE] if whole and "reduce_scatter" in kinds else []
+
 
 _ONE_AT_A_TIME = threading.RLock()  # torch.fx patches the whole process while it traces; tracing waits for no rank
 
@@ -146,4 +152,5 @@ def _data_dependent(what: str, error: BaseException) -> str:
     return report(what, [problem], "choose by torch.where, or leave .item() and if outside the captured function")
 
 
+_WHOLE = "gloo runs a reduce-scatter as an all-reduce and a slice, which sends twice the bytes entered for it"
 _FIX_WRITE = "donate it: ft.jit(fn, donate=...), or write out of place"

@@ -80,8 +80,9 @@ def _mesh_of(device_mesh: DeviceMesh, _: Any) -> Mesh:
         raise MeshError(report("DeviceMesh", [problem], "call from its processes only"))
     sizes = mesh_sizes(dict(zip(names, device_mesh.shape, strict=True)))
     # numpy, because the first collective of a group may come while fake tensors are traced
+    gloo = dist.get_backend(device_mesh.get_group(names[0])) == "gloo"  # whose reduce-scatter copies, and sums all of it
     group = cache(partial(_group, device_mesh, device_mesh.mesh.numpy(), sizes, tuple(coordinate)))
-    return Mesh(sizes, tuple(coordinate), _transport(group, _agree(device_mesh, tuple(coordinate))))
+    return Mesh(sizes, tuple(coordinate), _transport(group, _agree(device_mesh, tuple(coordinate)), gloo))
 
 
 def _group(
@@ -129,7 +130,9 @@ def _timeout(group: dist.ProcessGroup, device_type: str) -> timedelta | None:
     return getattr(options, "_timeout", None)
 
 
-def _transport(group: Callable[[Dims], tuple[str, int, int]], agree: Callable[..., None]) -> Transport:
+def _transport(
+    group: Callable[[Dims], tuple[str, int, int]], agree: Callable[..., None], scatters_whole: bool
+) -> Transport:
     ops, wait = torch.ops._c10d_functional, torch.ops._c10d_functional.wait_tensor
 
     def run(kind: str, x: Tensor, dims: Dims, note: tuple, send: Callable[..., Tensor]) -> Tensor:
@@ -163,7 +166,7 @@ def _transport(group: Callable[[Dims], tuple[str, int, int]], agree: Callable[..
 
         return run("permute", x.unsqueeze(0), dims, note, pass_on).squeeze(0)
 
-    return Transport("distributed", all_gather, reduce_scatter, all_reduce, all_to_all, permute, agree, group)
+    return Transport("distributed", all_gather, reduce_scatter, all_reduce, all_to_all, permute, agree, group, scatters_whole)
 
 
 def _meet(start: Callable[[], None], world: int, timeout: float) -> None:

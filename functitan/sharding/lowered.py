@@ -1,6 +1,7 @@
 """Captured collectives made runnable: what the compiler knows on processes, a call of the transport elsewhere.
 
-Invariant: the same messages travel, in the same order, as if `steps.send` had sent them one by one.
+Invariant: the same messages travel, in the same order, as if `steps.send` had sent them one by one; but gloo sums the
+whole of what it scatters, and does so in one copy less when it is told to.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def lower_collectives(graph: GraphModule, meshes: tuple[Mesh, ...], compiled: bo
                 new = _started(graph.graph, its, mesh) if compiled else _called(graph, its, mesh)
             if compiled:
                 with graph.graph.inserting_before(_first_user(node)):
-                    new = _finished(graph.graph, its, new)
+                    new = _finished(graph.graph, its, new, mesh)
             new.meta.update(node.meta)
             node.replace_all_uses_with(new)
             graph.graph.erase_node(node)
@@ -62,6 +63,8 @@ def _started(graph: Graph, its: Collective, mesh: Mesh) -> Node:
     match its.kind:
         case "all_gather":
             return call(ops.all_gather_into_tensor.default, call(torch.ops.aten.unsqueeze.default, its.x, 0), n, name)
+        case "reduce_scatter" if mesh.transport.scatters_whole:
+            return call(ops.all_reduce.default, its.x, its.detail, name)
         case "reduce_scatter":
             return call(ops.reduce_scatter_tensor.default, its.x, its.detail, n, name)
         case "all_reduce":
@@ -73,6 +76,9 @@ def _started(graph: Graph, its: Collective, mesh: Mesh) -> Node:
     return call(ops.all_to_all_single.default, call(torch.ops.aten.unsqueeze.default, its.x, 0), receive, send, name)
 
 
-def _finished(graph: Graph, its: Collective, sent: Node) -> Node:
+def _finished(graph: Graph, its: Collective, sent: Node, mesh: Mesh) -> Node:
     done = emit(graph, torch.ops._c10d_functional.wait_tensor.default, sent)
+    if its.kind == "reduce_scatter" and mesh.transport.scatters_whole:  # a copy, so that the whole can be freed
+        part = emit(graph, torch.ops.aten.select.int, done, 0, mesh.index(its.mesh_dims))
+        return emit(graph, torch.ops.aten.clone.default, part)
     return emit(graph, torch.ops.aten.squeeze.dim, done, 0) if its.kind in ("reduce_scatter", "permute") else done

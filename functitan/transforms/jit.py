@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 
 from functitan import tree
 from functitan.capture.compile import compiled
-from functitan.capture.passes.order import PASSES, run_passes
+from functitan.capture.passes import ASKED, PASSES, run_passes
 from functitan.capture.trace import Program, trace
 from functitan.errors import CaptureError, nearest, report
 from functitan.ops.function import transforms_active
@@ -27,13 +27,19 @@ from functitan.transforms.donate import check_donated, mark_donated
 
 
 def jit(
-    fn: Callable[..., Any], *, donate: int | Sequence[int] = (), skip: Sequence[str] = (), backend: str = "inductor"
+    fn: Callable[..., Any],
+    *,
+    donate: int | Sequence[int] = (),
+    keep_gathered: bool = False,
+    skip: Sequence[str] = (),
+    backend: str = "inductor",
 ) -> Jitted:
     """`fn` as one captured and compiled graph: forward, backward, optimizer and every collective in it.
 
     Made at the first call, and again for other structures, shapes, dtypes, or values of leaves that are no tensors.
     `donate` names arguments whose buffers the results may take over: a state is updated in place, without a second
-    copy, and the old one raises `DonatedError` when used again. `skip` turns passes off by name; `jitted.passes` are
+    copy, and the old one raises `DonatedError` when used again. With `keep_gathered` a weight that forward gathered stays
+    whole until backward has used it: less communication, at the memory of ZeRO-2 instead of ZeRO-3. `skip` turns passes off by name; `jitted.passes` are
     those that run, `jitted.graph(*args)` is what they made. `backend` is "inductor", or "graph" for the graph's plain
     ops (as always on a virtual mesh and under `ft.explain`). Inside another `ft.jit` it is part of that one.
 
@@ -51,7 +57,9 @@ def jit(
     if problems:
         raise CaptureError(report("ft.jit", problems, f"the passes are {list(PASSES)}"))
     places = (donate,) if isinstance(donate, int) else tuple(donate)
-    return Jitted(fn, places, tuple(name for name in PASSES if name not in skip), backend)
+    asked = ("keep_gathered",) if keep_gathered else ()
+    names = tuple(name for name in PASSES if name not in skip and (name not in ASKED or name in asked))
+    return Jitted(fn, places, names, backend)
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,7 @@ class Jitted:
         found = self._find(args, leaves, structure, env)
         if env.ledger is not None:
             env.ledger.entries += found.entries
+            env.ledger.notes += [note for note in found.program.notes() if note not in env.ledger.notes]
         return _call(found, args, leaves)
 
     def graph(self, *args: Any) -> GraphModule:

@@ -7,15 +7,20 @@ from collections.abc import Callable
 from functitan.capture.passes.bucket import bucket_collectives
 from functitan.capture.passes.common import merge_equal
 from functitan.capture.passes.dead import remove_dead
+from functitan.capture.passes.keep import keep_gathered
 from functitan.capture.passes.overlap import overlap
+from functitan.capture.passes.reductions import merge_reductions
 from functitan.capture.trace import Program
 
 PASSES: dict[str, Callable[[Program], Program]] = {
     "merge_equal": merge_equal,
+    "keep_gathered": keep_gathered,
+    "merge_reductions": merge_reductions,
     "remove_dead": remove_dead,
     "bucket_collectives": bucket_collectives,
     "overlap": overlap,
 }
+ASKED = ("keep_gathered",)  # only where an argument of `ft.jit` asks
 
 
 def run_passes(program: Program, names: tuple[str, ...]) -> Program:

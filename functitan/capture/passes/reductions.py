@@ -1,0 +1,63 @@
+"""Merge reductions: a sum of reductions is the reduction of a sum.
+
+Invariant: reduction is linear, so only the order of summation changes. Both are of one phase: a sum over microbatches
+is not taken before it is reduced, where it would be whole.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Graph, Node
+
+from functitan.capture.passes.order import alike, moves
+from functitan.capture.trace import Program
+from functitan.sharding.traced import COLLECTIVE, collective_of, emit, is_collective
+
+aten = torch.ops.aten
+
+
+def merge_reductions(program: Program) -> Program:
+    """The program with `reduce(a) + reduce(b)` as `reduce(a + b)`, through views of both, for sums that nothing else uses."""
+    graph = program.graph.graph
+    groups = {node: i for i, group in enumerate(alike(graph)) for node in group}
+    for node in list(graph.nodes):
+        if node.target is not aten.add.Tensor or len(node.args) != 2 or node.kwargs:
+            continue
+        left, right = (_reduction(x) for x in node.args)
+        if left is None or right is None or left[1] != right[1] or groups[left[0]] != groups[right[0]]:
+            continue
+        first, second = collective_of(left[0]), collective_of(right[0])
+        if first.x.meta["val"].shape != second.x.meta["val"].shape:
+            continue
+        with graph.inserting_before(node):
+            total = emit(graph, aten.add.Tensor, first.x, second.x)
+            new = emit(graph, COLLECTIVE, *first._replace(x=total))
+            groups[new] = groups[left[0]]
+            for target, rest, kwargs in left[1]:
+                new = emit(graph, target, new, *rest, **dict(kwargs))
+        node.replace_all_uses_with(new)
+        _erase(graph, node)
+    return program
+
+
+def _erase(graph: Graph, node: Node) -> None:
+    """Erase a node, and what only it used."""
+    inputs = node.all_input_nodes
+    if not node.users and node.op == "call_function":
+        graph.erase_node(node)
+        for x in inputs:
+            _erase(graph, x)
+
+
+def _reduction(x: object) -> tuple[Node, tuple] | None:
+    """The summing collective that a value is a view of, and the views in order; `None` where others use it too."""
+    views = []
+    while isinstance(x, Node) and len(x.users) == 1:
+        if is_collective(x):
+            its = collective_of(x)
+            return (x, tuple(views[::-1])) if its.kind in ("reduce_scatter", "all_reduce") and its.detail == "sum" else None
+        if not moves(x) or not (x.target.is_view or x.target is aten.clone.default):  # type: ignore[union-attr]
+            return None
+        views.append((x.target, x.args[1:], tuple(x.kwargs.items())))
+        x = x.args[0]
+    return None
