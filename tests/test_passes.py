@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from itertools import combinations
 
 import pytest
@@ -135,3 +136,21 @@ def test_a_sum_of_reductions_is_the_reduction_of_a_sum(view):
 
     found = ft.simulate(dp=2)(on_each_rank)()[0]
     assert found == ["all_reduce max", "all_reduce max", "all_reduce sum", "reduce_scatter sum"]
+
+
+def test_peak_memory_grows_by_little_more_than_a_block_for_each_pass():
+    wide = CONFIG._replace(num_layers=3, vocab_size=64, embed=128, mlp=384)
+    params = ft.models.llama.params(wide)
+    of_wide = lambda params, tokens, labels: ft.value_and_grad(loss, has_aux=True)(params, tokens, labels, wide)
+
+    def peak(*skip):
+        jitted = ft.jit(of_wide, skip=skip)
+        tokens, labels = batch().values()
+        return ft.explain(jitted, params, tokens, labels, mesh=dict(fsdp=2), rules=RULES, patterns=(None, "batch seq", "batch seq"))
+
+    plain, bucketed = peak("bucket_collectives", "overlap"), peak("overlap")
+    both = peak()
+    block = 4 * sum(math.prod(its.shape) for its in ft.tree.leaves(params["layers"][0]))
+    assert bucketed.peak_bytes <= plain.peak_bytes + 1.5 * block, (plain, bucketed)  # a block, and a weight taken out of it
+    assert both.peak_bytes <= bucketed.peak_bytes + 1.5 * block  # one more under way
+    assert both.total_bytes() == plain.total_bytes()

@@ -50,6 +50,7 @@ class Program(NamedTuple):
         return [_WHOLE] if whole and "reduce_scatter" in kinds else []
 
 
+unseen = _disable_current_modes  # modes of a caller (ft.explain's memory) see nothing of what is done to graphs
 _ONE_AT_A_TIME = threading.RLock()  # torch.fx patches the whole process while it traces; tracing waits for no rank
 
 
@@ -76,7 +77,7 @@ def trace(
             results = fn(*xs)
         return (*results, *(flag for flag, _ in capture.failures))
 
-    with _ONE_AT_A_TIME, _disable_current_modes(), mode:
+    with _ONE_AT_A_TIME, unseen(), mode:
         fakes = tuple(mode.from_tensor(x) if type(x) is Tensor else _twin(x) for x in inputs)
         try:
             with traceback.preserve_node_meta():  # marks of what remat computes again

@@ -10,7 +10,7 @@ from functitan.capture.passes.dead import remove_dead
 from functitan.capture.passes.keep import keep_gathered
 from functitan.capture.passes.overlap import overlap
 from functitan.capture.passes.reductions import merge_reductions
-from functitan.capture.trace import Program
+from functitan.capture.trace import Program, unseen
 
 PASSES: dict[str, Callable[[Program], Program]] = {
     "merge_equal": merge_equal,
@@ -26,7 +26,8 @@ ASKED = ("keep_gathered",)  # only where an argument of `ft.jit` asks
 def run_passes(program: Program, names: tuple[str, ...]) -> Program:
     """The program after these passes."""
     for name in names:
-        program = PASSES[name](program)
+        with unseen():
+            program = PASSES[name](program)
         program.graph.graph.lint()
         program.graph.recompile()
     return program
