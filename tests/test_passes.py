@@ -13,8 +13,8 @@ from torch.fx import GraphModule
 
 import functitan as ft
 from functitan.capture.compile import compiled
-from functitan.capture.passes import PASSES, run_passes
 from functitan.capture.passes.bucket import period
+from functitan.capture.passes.table import PASSES, run_passes
 from functitan.capture.trace import Program, trace
 from functitan.sharding.collectives import all_reduce, reduce_scatter
 from functitan.sharding.traced import collective_of, is_collective
@@ -85,7 +85,10 @@ def blocks_of(mesh, layers: int, names=tuple(PASSES)) -> list[tuple[str, str, tu
 def test_a_block_takes_at_most_two_collectives_in_each_direction_of_fsdp():
     def more(mesh):  # of a further layer
         two, three = blocks_of(mesh, 2), blocks_of(mesh, 3)
-        return [sum(phase == its[0] for its in three) - sum(phase == its[0] for its in two) for phase in ("forward", "backward")]
+        return [
+            sum(phase == its[0] for its in three) - sum(phase == its[0] for its in two)
+            for phase in ("forward", "backward")
+        ]
 
     assert ft.simulate(fsdp=2)(more)()[0] == [1, 2]  # a gather; a gather and a reduce-scatter
 
@@ -110,7 +113,11 @@ def test_kept_gathers_are_one_for_each_weight():
         kept = after(program, ("merge_equal", "keep_gathered"))
         for x, y in zip(results(program, inputs), results(kept, inputs), strict=True):
             assert torch.equal(x, y)
-        shards = [collective_of(node).x for node in kept.graph.graph.nodes if is_collective(node) and node.args[1] == "all_gather"]
+        shards = [
+            collective_of(node).x
+            for node in kept.graph.graph.nodes
+            if is_collective(node) and node.args[1] == "all_gather"
+        ]
         assert len(set(shards)) == len(shards)
         return {entry.phase for entry in kept.entries() if entry.collective == "all_gather"}
 
@@ -146,11 +153,16 @@ def test_peak_memory_grows_by_little_more_than_a_block_for_each_pass():
     def peak(*skip):
         jitted = ft.jit(of_wide, skip=skip)
         tokens, labels = batch().values()
-        return ft.explain(jitted, params, tokens, labels, mesh=dict(fsdp=2), rules=RULES, patterns=(None, "batch seq", "batch seq"))
+        return ft.explain(
+            jitted, params, tokens, labels, mesh=dict(fsdp=2), rules=RULES, patterns=(None, "batch seq", "batch seq")
+        )
 
     plain, bucketed = peak("bucket_collectives", "overlap"), peak("overlap")
     both = peak()
     block = 4 * sum(math.prod(its.shape) for its in ft.tree.leaves(params["layers"][0]))
-    assert bucketed.peak_bytes <= plain.peak_bytes + 1.5 * block, (plain, bucketed)  # a block, and a weight taken out of it
+    assert bucketed.peak_bytes <= plain.peak_bytes + 1.5 * block, (
+        plain,
+        bucketed,
+    )  # a block, and a weight taken out of it
     assert both.peak_bytes <= bucketed.peak_bytes + 1.5 * block  # one more under way
     assert both.total_bytes() == plain.total_bytes()

@@ -80,7 +80,9 @@ def _mesh_of(device_mesh: DeviceMesh, _: Any) -> Mesh:
         raise MeshError(report("DeviceMesh", [problem], "call from its processes only"))
     sizes = mesh_sizes(dict(zip(names, device_mesh.shape, strict=True)))
     # numpy, because the first collective of a group may come while fake tensors are traced
-    gloo = dist.get_backend(device_mesh.get_group(names[0])) == "gloo"  # whose reduce-scatter copies, and sums all of it
+    gloo = (
+        dist.get_backend(device_mesh.get_group(names[0])) == "gloo"
+    )  # whose reduce-scatter copies, and sums all of it
     group = cache(partial(_group, device_mesh, device_mesh.mesh.numpy(), sizes, tuple(coordinate)))
     return Mesh(sizes, tuple(coordinate), _transport(group, _agree(device_mesh, tuple(coordinate)), gloo))
 
@@ -166,7 +168,9 @@ def _transport(
 
         return run("permute", x.unsqueeze(0), dims, note, pass_on).squeeze(0)
 
-    return Transport("distributed", all_gather, reduce_scatter, all_reduce, all_to_all, permute, agree, group, scatters_whole)
+    return Transport(
+        "distributed", all_gather, reduce_scatter, all_reduce, all_to_all, permute, agree, group, scatters_whole
+    )
 
 
 def _meet(start: Callable[[], None], world: int, timeout: float) -> None:

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 
 from functitan import tree
 from functitan.capture.compile import compiled
-from functitan.capture.passes import ASKED, PASSES, run_passes
+from functitan.capture.passes.table import ASKED, PASSES, run_passes
 from functitan.capture.trace import Program, trace
 from functitan.errors import CaptureError, nearest, report
 from functitan.ops.function import transforms_active
@@ -148,9 +148,9 @@ def _capture(jitted: Jitted, args: Any, leaves: list[Any], structure: Any, env: 
     others = [_TENSOR if isinstance(x, Tensor) else x for x in results[0]]
     statics = _statics(leaves, set(places))
     kept = tuple(n for n in range(len(args)) if n not in jitted.donate)
-    return _Compiled(
-        program, run, program.entries(), structure, places, _guards(tensors), statics, env, donated, kept, homes, results[1], others
-    )  # fmt: skip
+    guards = _guards(tensors)
+    made_for = structure, places, guards, statics, env
+    return _Compiled(program, run, program.entries(), *made_for, donated, kept, homes, results[1], others)
 
 
 def _call(found: _Compiled, args: Any, leaves: list[Any]) -> Any:

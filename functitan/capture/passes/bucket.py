@@ -54,7 +54,11 @@ def period(keys: list) -> tuple[int, int, int] | None:
         for i in range(p, len(keys) + 1):
             if i < len(keys) and keys[i] == keys[i - p]:
                 continue
-            if i - begin >= 2 * p and 2 * (i - begin) > len(keys) and (best is None or i - begin > best[2] - best[1] + p):
+            if (
+                i - begin >= 2 * p
+                and 2 * (i - begin) > len(keys)
+                and (best is None or i - begin > best[2] - best[1] + p)
+            ):
                 best = (p, begin, i)
             begin = i - p + 1
     return best

@@ -33,7 +33,16 @@ def alike(graph: Graph) -> list[list[Node]]:
             its = collective_of(node)
             stretch += before != its.phase and not its.recomputed
             before = before if its.recomputed else its.phase
-            key = (its.kind, its.mesh, its.dims, its.detail, its.x.meta["val"].dtype, its.phase, its.recomputed, stretch)
+            key = (
+                its.kind,
+                its.mesh,
+                its.dims,
+                its.detail,
+                its.x.meta["val"].dtype,
+                its.phase,
+                its.recomputed,
+                stretch,
+            )
             groups.setdefault(key, []).append(node)
     return list(groups.values())
 

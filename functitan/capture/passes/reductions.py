@@ -55,7 +55,11 @@ def _reduction(x: object) -> tuple[Node, tuple] | None:
     while isinstance(x, Node) and len(x.users) == 1:
         if is_collective(x):
             its = collective_of(x)
-            return (x, tuple(views[::-1])) if its.kind in ("reduce_scatter", "all_reduce") and its.detail == "sum" else None
+            return (
+                (x, tuple(views[::-1]))
+                if its.kind in ("reduce_scatter", "all_reduce") and its.detail == "sum"
+                else None
+            )
         if not moves(x) or not (x.target.is_view or x.target is aten.clone.default):  # type: ignore[union-attr]
             return None
         views.append((x.target, x.args[1:], tuple(x.kwargs.items())))
