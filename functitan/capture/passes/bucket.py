@@ -12,9 +12,9 @@ from math import prod
 import torch
 from torch.fx import Graph, Node
 
-from functitan.capture.passes.order import Places, alike, needed_before, places, used_before
+from functitan.capture.passes.order import Places, alike, last_use, needed_before, places, used_before
 from functitan.capture.trace import Program
-from functitan.sharding.traced import COLLECTIVE, Collective, collective_of, emit
+from functitan.sharding.traced import COLLECTIVE, Collective, collective_of, emit, is_collective
 
 BLOCK = 512 << 20  # bytes of the whole tensors in a bucket, where blocks repeat
 LOOSE = 25 << 20  # where nothing repeats that could tell what is used together
@@ -26,7 +26,7 @@ def bucket_collectives(program: Program, block: int = BLOCK, loose: int = LOOSE)
     """The program with gathers, reduce-scatters and all-reduces of equal kind, dims and dtype joined by block.
 
     A block is one period of the sequence in which a phase uses its weights (their shapes and ops): a layer. Buckets
-    are cut at `block` bytes; where nothing repeats they are as large as `loose` bytes allow. Forward and backward, and
+    are cut at `block` bytes; what lives on into the next phase is apart; where nothing repeats they are as large as `loose` bytes allow. Forward and backward, and
     what remat computes again, stay apart.
     """
     graph = program.graph.graph
@@ -35,11 +35,22 @@ def bucket_collectives(program: Program, block: int = BLOCK, loose: int = LOOSE)
         if kind not in ("all_gather", "reduce_scatter", "all_reduce"):
             continue
         at = places(graph)
+        lasting = _lasting(group, at) if kind == "all_gather" else set()
         for run, cap in _blocks(group, block, loose):
-            for bucket in _buckets(run, cap, at, kind == "all_gather"):
-                if len(bucket) > 1:
-                    (_gather if kind == "all_gather" else _reduce)(graph, bucket, at)
+            for its in ([x for x in run if x not in lasting], [x for x in run if x in lasting]):
+                for bucket in _buckets(its, cap, at, kind == "all_gather"):
+                    if len(bucket) > 1:
+                        (_gather if kind == "all_gather" else _reduce)(graph, bucket, at)
     return program
+
+
+def _lasting(group: list[Node], at: Places) -> set[Node]:
+    """Gathers that a later phase uses too, as of norm scales: they would keep the whole of a bucket alive until then."""
+    phase = collective_of(group[-1]).phase
+    end = next(
+        (at[x] for x in at if at[x] > at[group[-1]] and is_collective(x) and collective_of(x).phase != phase), None
+    )
+    return {node for node in group if end is not None and last_use(node, at) > end}
 
 
 def period(keys: list) -> tuple[int, int, int] | None:

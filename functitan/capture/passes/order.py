@@ -75,6 +75,11 @@ def used_before(node: Node, place: int, at: Places) -> list[Node] | None:
     return sorted(found, key=at.__getitem__)
 
 
+def last_use(node: Node, at: Places) -> int:
+    """The place of the last op that reads a node or a view or copy of it: a compiler may read through copies."""
+    return max((max(at[user], last_use(user, at) if moves(user) else 0) for user in node.users), default=at[node])
+
+
 def moves(node: Node) -> bool:
     """Whether an op may move along with a collective: it takes one tensor and computes nothing to speak of."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or is_collective(node):

@@ -6,6 +6,8 @@ A captured collective starts where it stands in the graph, and is waited for whe
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch.fx import Graph, Node
 
 from functitan.capture.passes.order import Places, alike, moves, needed_before, places
@@ -29,7 +31,7 @@ def overlap(program: Program) -> Program:
 
 
 def _start_early(group: list[Node], at: Places) -> None:
-    for before, node in reversed(list(zip(group, group[1:], strict=False))):  # the last first: `before` still in place
+    for before, node in reversed(list(pairwise(group))):  # the last first: `before` still in place
         needed = needed_before(collective_of(node).x, at[before], at)
         if needed is not None:
             for other in needed:
