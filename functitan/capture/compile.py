@@ -71,7 +71,8 @@ def _inductor(graph: GraphModule, program: Program) -> Run:
     from torch._inductor.compile_fx import compile_fx_inner
 
     mode = program.inputs[0].fake_mode if program.inputs else None  # type: ignore[attr-defined]
-    with tracing(TracingContext(mode)), config.patch(reorder_for_locality=False):
+    keep_order = config.patch(reorder_for_locality=False, reorder_for_peak_memory=False)  # passes place collectives
+    with tracing(TracingContext(mode)), keep_order:
         found = compile_fx_inner(graph, list(program.inputs))
 
     def run(xs: list[Tensor]) -> list[Any]:
