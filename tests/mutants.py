@@ -23,7 +23,8 @@ TRANSPOSES = {  # functions of ops and collectives whose steps are those of a tr
 # what communicates: a module's private functions that call these do as well
 SENDERS = {"send", "contract", "meet", "run", "run_step"}
 PUBLIC = {"reduce", "broadcast", "constrain", "constrain_like", "where_whole", "reduced"}
-PUBLIC |= {"move", "lift", "reshard", "spread", "merge", "merge_scalars"}
+REPLICATES = {"spread", "merge", "merge_scalars"}
+PUBLIC |= REPLICATES | {"move", "lift", "reshard"}
 PUBLIC |= {"all_gather", "reduce_scatter", "all_reduce", "all_to_all", "permute"}
 WHERE = ("ops", "optim", "nn", "models", "sharding", "transforms", "train")  # where collectives are called
 
@@ -195,8 +196,11 @@ def _sends_of(node: ast.AST, tree: ast.AST) -> Iterator[Change]:
                 yield Change(part, repr(OTHER[part.value]))
             if ast.unparse(part).split(".")[-1] == "dims":
                 yield Change(part, f"{ast.unparse(part)}[:-1]")
-                if not any(isinstance(x, ast.Constant) and x.value == "all_reduce" for x in node.args):
-                    yield Change(part, f"{ast.unparse(part)}[::-1]")  # (the order of an all-reduce's ranks is free)
+                free = name in REPLICATES or any(ast.unparse(x) == "'all_reduce'" for x in node.args)
+                if not free:
+                    yield Change(
+                        part, f"{ast.unparse(part)}[::-1]"
+                    )  # (the order of an all-reduce's ranks, or of replicas, is free)
 
 
 def _places_of(node: ast.AST) -> Iterator[Change]:

@@ -96,7 +96,7 @@ def broadcast(draw) -> Case:
         return wide * y, wide
 
     args = Arg(write_axes(own)), Arg(write_axes(axes))
-    return Case(fn, oracle, args, (args[1].pattern,) * 2, sizes, mesh, rules)
+    return Case(fn, oracle, args, (args[1].pattern,) * 2, sizes, mesh, rules, common=(1,))
 
 
 @st.composite
@@ -305,6 +305,16 @@ def per_example(draw, case: Case) -> Case:
     return draw(hidden(case, "example"))
 
 
+def with_one_shared(draw, case: Case) -> Case:
+    """One operand is the same for all examples, of which each rank has some; it may meet the others in plain ops."""
+    rules = ft.AxisRules({axis: "dp" if axis == "example" else None for axis in case.rules})
+    case = case._replace(mesh={"dp": 2}, rules=rules, sizes=case.sizes | {"example": 4})
+    may = [i for i in range(len(case.args)) if i not in case.common] if len(case.results) == 1 or case.common else []
+    shared = draw(st.sampled_from(may)) if may and len(case.args) > 1 else None
+    places = [None if i == shared else 0 for i in range(len(case.args))]
+    return batched(case, "example", places, lambda fn, in_dims: ft.vmap(fn, in_dims, axis="example"))
+
+
 LAWS = {  # what is the same on every mesh, as cases made of a case
     "values": lambda draw, case: case,
     "cotangents": lambda draw, case: vjp_of(case),
@@ -313,6 +323,7 @@ LAWS = {  # what is the same on every mesh, as cases made of a case
     "torch_vmap_over_an_axis_that_nothing_shards": per_copy,
     "ft_vmap_over_an_axis_that_the_mesh_may_shard": per_example,
     "cotangents_of_ft_vmap": lambda draw, case: vjp_of(per_example(draw, case)),
+    "cotangents_of_what_examples_share": lambda draw, case: vjp_of(with_one_shared(draw, case)),
     "gradients_per_example": lambda draw, case: per_example(draw, vjp_of(with_free_examples(case))),
     "cotangents_of_nested_vmaps": lambda draw, case: vjp_of(per_example(draw, per_copy(draw, case))),
 }
@@ -325,6 +336,12 @@ OPS = [einsum, reduce, broadcast, take, iota, select, select_by_tensor, constrai
 @given(data=st.data(), seed=st.integers(0, 2**32))
 def test_ops_are_the_same_on_every_mesh(law, op, data, seed):
     check(LAWS[law](data.draw, data.draw(op())), seed)
+
+
+@settings(max_examples=10)
+@given(data=st.data(), seed=st.integers(0, 2**32))
+def test_second_derivatives_of_a_loss_sum_over_all_examples_that_share_it(data, seed):
+    check(vjp_of(with_one_shared(data.draw, vjp_of(data.draw(cross_entropy())))), seed)
 
 
 @pytest.mark.parametrize("shift", [-1e4, 1e4])

@@ -86,7 +86,6 @@ def _sharded(
     given = [q, k, v, *(x for x in marks if x is not None)]
     every = tuple(sorted({hidden for x in given for hidden in hidden_axes(x, env)}))
     q, k, v = (lift(Type(its), x, every, env, label) for its, x in ((axes, q), (kv_axes, k), (kv_axes, v)))
-    marks = _Marks(*(None if x is None else lift(Type(axes[:-2]), x, every, env, label) for x in marks))
     (lq, lk), sizes = _layouts(axes, kv_axes, q, k, env, label)
     _check_heads(label.pattern, sizes[heads], sizes[kv_heads])
     work = Layout(lq.axes, tuple(() if axis == head_dim else lq.of(axis) for axis in lq.axes))

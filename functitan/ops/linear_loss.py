@@ -71,7 +71,7 @@ def linear_cross_entropy(
     env = current().on_one_rank((*axes.x, axes.vocab))
     (x,), given, rows = in_compute((x,), env.precision), labels, Type(axes.rows)  # the weight follows x, on its shard
     every = tuple(sorted({hidden for tensor in (x, w, labels) for hidden in hidden_axes(tensor, env)}))
-    x, labels = lift(Type(axes.x), x, every, env, label), lift(rows, labels, every, env, label)
+    labels = lift(rows, labels, every, env, label)
     types = Type(axes.x), Type(axes.w), rows
     typed = Contraction(types, (Type((*axes.rows, axes.vocab)),), (Term(0, (0, 1, 2)),), ())
     full, (hidden, (of_rows,)) = resolve(typed, (x, w, labels), env, label)
