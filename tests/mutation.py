@@ -71,7 +71,7 @@ LAWS = {
     "nn.attention": ["test_nn.py attention]"],
     "nn.mlp": ["test_nn.py [mlp]"],
     "nn.position_embedding": ["test_nn.py [position_embedding]", "test_nn.py [given"],
-    "nn.rope": ["test_nn.py [rope]", "test_nn.py attention]", "test_llama.py huggingface[plain]"],
+    "nn.rope": ["test_nn.py [rope]", "test_nn.py packed", "test_llama.py huggingface[plain]"],
     "models.*": ["test_nn.py losses"],
     "optim.factored": ["test_optim_laws.py steps_on_a_mesh", "test_optim_laws.py equal_torch"],
     "optim.finite": ["test_finite.py"],
