@@ -1,7 +1,7 @@
 """Tracing: a function of tensors, run once on fake ones, becomes a functional graph of aten ops and collectives.
 
-Invariant: the graph is pure, and every tensor that it reads is one of its inputs. What the function wrote into its inputs
-comes as further results, and `Program.written` says whose they are.
+Invariant: the graph is pure, and every tensor that it reads is one of its inputs. What the function wrote into its
+inputs comes as further results, and `Program.written` says whose they are.
 """
 
 from __future__ import annotations

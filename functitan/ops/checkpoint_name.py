@@ -15,7 +15,7 @@ from functitan.sharding.context import current
 
 
 def checkpoint_name(x: Tensor, name: str) -> Tensor:
-    """`x`, which `ft.remat(fn, policy=ft.remat_policies.save_only_these_names(name))` stores instead of computing again.
+    """`x`, which `ft.remat(fn, policy=ft.remat_policies.save_only_these_names(name))` stores, not computes again.
 
     Name an op's own result where you can (`checkpoint_name(ft.einsum(...), "attn_out")`): then the op is spared, too.
     Transpose: the identity. Raises `FunctitanError` for a name that is no text.

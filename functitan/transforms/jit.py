@@ -1,7 +1,7 @@
 """`ft.jit`: a whole step captured as one graph, improved by passes, compiled, and called like the function.
 
 Invariant: the captured step gives what the function gives. A graph serves exactly what it was made for (structure,
-shapes, strides, dtypes, static values, mesh, rules); anything else makes another, and what no graph can hold is an error.
+shapes, strides, dtypes, static values, mesh, rules); all else makes another, and what no graph can hold is an error.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ def jit(
 
     Made at the first call, and again for other structures, shapes, dtypes, or values of leaves that are no tensors.
     `donate` names arguments whose buffers the results may take over: a state is updated in place, without a second
-    copy, and the old one raises `DonatedError` when used again. With `keep_gathered` a weight that forward gathered stays
-    whole until backward has used it: less communication, at the memory of ZeRO-2 instead of ZeRO-3. `skip` turns passes off by name; `jitted.passes` are
-    those that run, `jitted.graph(*args)` is what they made. `backend` is "inductor", or "graph" for the graph's plain
-    ops (as always on a virtual mesh and under `ft.explain`). Inside another `ft.jit` it is part of that one.
+    copy, and the old one raises `DonatedError` when used again. With `keep_gathered` a weight that forward gathered
+    stays whole until backward has used it: less communication, at the memory of ZeRO-2 instead of ZeRO-3. `skip` turns
+    passes off by name; `jitted.passes` are those that run, `jitted.graph(*args)` is what they made. `backend` is
+    "inductor", or "graph" for the graph's plain ops (as always on a virtual mesh and under `ft.explain`). Inside
+    another `ft.jit` it is part of that one.
 
     Raises `CaptureError`, with the line, for what a graph cannot hold: control flow that depends on values, a tensor
     that is no argument, an argument written to that was not donated; and inside torch.func transforms.

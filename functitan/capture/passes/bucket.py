@@ -7,6 +7,7 @@ bucket of gathers stands where its first member stood, one of reductions where i
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 from math import prod
 
 import torch
@@ -26,8 +27,8 @@ def bucket_collectives(program: Program, block: int = BLOCK, loose: int = LOOSE)
     """The program with gathers, reduce-scatters and all-reduces of equal kind, dims and dtype joined by block.
 
     A block is one period of the sequence in which a phase uses its weights (their shapes and ops): a layer. Buckets
-    are cut at `block` bytes; what lives on into the next phase is apart; where nothing repeats they are as large as `loose` bytes allow. Forward and backward, and
-    what remat computes again, stay apart.
+    are cut at `block` bytes, or at `loose` where nothing repeats; what lives on into the next phase is apart. Forward
+    and backward, and what remat computes again, stay apart.
     """
     graph = program.graph.graph
     for group in alike(graph):
@@ -45,7 +46,7 @@ def bucket_collectives(program: Program, block: int = BLOCK, loose: int = LOOSE)
 
 
 def _lasting(group: list[Node], at: Places) -> set[Node]:
-    """Gathers that a later phase uses too, as of norm scales: they would keep the whole of a bucket alive until then."""
+    """Gathers that a later phase uses too, as of norm scales: they would keep a whole bucket alive until then."""
     phase = collective_of(group[-1]).phase
     end = next(
         (at[x] for x in at if at[x] > at[group[-1]] and is_collective(x) and collective_of(x).phase != phase), None
@@ -83,7 +84,7 @@ def _blocks(group: list[Node], block: int, loose: int) -> Iterable[tuple[list[No
         return
     step, begin, end = found
     cuts = [0, *range(begin, end, step), *([end] if (end - begin) % step == 0 else []), len(group)]
-    for first, last in zip(cuts, cuts[1:], strict=False):
+    for first, last in pairwise(cuts):
         yield group[first:last], block
 
 
@@ -111,7 +112,7 @@ def _whole(its: Collective) -> int:
 
 
 def _gather(graph: Graph, bucket: list[Node], at: Places) -> None:
-    """Gather the shards laid end to end; each is taken out where it was gathered before, and lives as long as before."""
+    """Gather the shards laid end to end; each is taken out where it was gathered before, and lives as long."""
     first = bucket[0]
     moved = {needed: None for node in bucket for needed in needed_before(collective_of(node).x, at[first], at) or ()}
     for needed in sorted(moved, key=at.__getitem__):

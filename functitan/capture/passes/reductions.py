@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 
 def merge_reductions(program: Program) -> Program:
-    """The program with `reduce(a) + reduce(b)` as `reduce(a + b)`, through views of both, for sums that nothing else uses."""
+    """The program with `reduce(a) + reduce(b)` as `reduce(a + b)`, also through views, where nothing else uses them."""
     graph = program.graph.graph
     groups = {node: i for i, group in enumerate(alike(graph)) for node in group}
     for node in list(graph.nodes):
