@@ -47,8 +47,11 @@ class Type(NamedTuple):
 
     def shown(self, hidden: Hidden | None, env: Env) -> Type:
         """The type where a hidden axis shows: `hidden` in this tensor, `None` in others. The layout stays."""
-        axes, names = ((), ()) if hidden is None else ((hidden.axis,), (hidden.name or hidden.axis,))
-        return self._replace(axes=axes + self.axes, lookup=names + self.names(env))
+        if hidden is None:
+            return self._replace(lookup=self.names(env))
+        layout = None if self.layout is None else self.resolve((hidden,), env)
+        names = (hidden.name or hidden.axis, *self.names(env))
+        return Type((hidden.axis, *self.axes), names, self.rules, layout)
 
     def names(self, env: Env) -> Axes:
         """The names to look up for the axes that the caller sees."""
