@@ -11,10 +11,10 @@ from torch import Tensor
 import functitan as ft
 from functitan.sharding.traced import is_collective
 
-CONFIG = ft.models.llama.DEBUG._replace(num_layers=2, vocab_size=256, embed=64, mlp=128, head_dim=8)
+CONFIG = ft.models.llama.DEBUG._replace(num_layers=1, vocab_size=256, embed=64, mlp=128, head_dim=8)
 RULES = ft.models.llama.RULES
 TX = ft.optim.chain(ft.optim.clip_by_global_norm(0.05), ft.optim.adamw(1e-2, weight_decay=0.1))  # a clip that acts
-MESHES = [dict(fsdp=2), dict(tp=2), dict(fsdp=2, tp=2), dict(dp=2, fsdp=2)]
+MESHES = [dict(fsdp=2, tp=2), dict(dp=2, fsdp=2)]  # graphs of a virtual mesh are one for each rank, and slow
 
 
 def loss(params, batch, key):
@@ -46,10 +46,14 @@ def test_a_captured_step_gives_the_losses_of_the_step(donate):
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_a_captured_step_communicates_and_gives_what_the_step_does_on_every_mesh(sizes):
     def both(mesh):
-        plain = losses(ft.train_step(loss, TX), mesh)
-        return plain, losses(ft.jit(ft.train_step(loss, TX), donate=0), mesh)
+        step = ft.jit(ft.train_step(loss, TX), donate=0)
+        plain = losses(ft.train_step(loss, TX), mesh, 2)
+        with ft.record() as ledger:
+            captured = losses(step, mesh, 2)
+        return plain, captured, list(ledger)
 
-    for plain, captured in ft.simulate(**sizes)(both)():
+    found = ft.simulate(**sizes)(both)()
+    for plain, captured, _ in found:
         assert captured == pytest.approx(plain, abs=1e-5)  # float32, another order of the norm's sum
     declared = ft.TrainState.declare(ft.models.llama.params(CONFIG), TX, ft.random.key(0))
     explain = lambda step: ft.explain(step, declared, batch(), mesh=sizes, rules=RULES, patterns=(None, "batch seq"))
@@ -57,16 +61,7 @@ def test_a_captured_step_communicates_and_gives_what_the_step_does_on_every_mesh
     unbucketed = explain(ft.jit(ft.train_step(loss, TX), donate=0, skip=["bucket_collectives"]))
     assert sorted(map(str, unbucketed)) == sorted(map(str, eager))
     assert captured.total_bytes() == eager.total_bytes() and len(captured) <= len(eager)
-
-    def recorded(mesh):
-        step = ft.jit(ft.train_step(loss, TX), donate=0)
-        state = ft.TrainState.create(ft.models.llama.params(CONFIG), TX, ft.random.key(0), mesh=mesh, rules=RULES)
-        local = ft.shard(batch(), "batch seq", mesh=mesh, rules=RULES)
-        with ft.record() as ledger:
-            step(state, local)
-        return list(ledger)
-
-    assert ft.simulate(**sizes)(recorded)()[0] == list(captured)
+    assert found[0][2] == 2 * list(captured)  # two steps
 
 
 def test_inductor_gives_the_losses_of_the_step():
