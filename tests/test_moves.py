@@ -108,7 +108,7 @@ def test_steps_are_in_the_order_in_which_they_move_least(drawn):
 @settings(max_examples=60)
 @given(data=st.data())
 def test_an_operand_is_brought_to_any_split_of_any_frame(data):
-    """The oracle: the axis seen as a sub-axis for each mesh dim of the frame; a split one keeps one place of its own."""
+    """The oracle: the axis seen as a sub-axis for each mesh dim of the frame; a split one keeps one place."""
     mesh = data.draw(meshes())
     dims = tuple(mesh)
     own = tuple(data.draw(st.permutations(data.draw(st.lists(st.sampled_from(dims), unique=True)))))
