@@ -122,6 +122,7 @@ def test_gradients_in_a_sharded_layout_take_no_all_reduce():
 
 def test_wide_sums_are_reduced_wide():
     declared = ft.tree.map(lambda p: ft.Param(p.pattern, p.shape, p.init, torch.bfloat16), MATMULS)
-    ledger = explained(4, dict(fsdp=4), declared=declared, dtype=torch.float32)
+    batch = torch.empty(32, 8, device="meta", dtype=torch.bfloat16)
+    ledger = explained(4, dict(fsdp=4), declared=declared, batch=batch, dtype=torch.float32)
     assert {e.dtype for e in ledger if e.collective == "all_gather"} == {torch.bfloat16}
     assert {e.dtype for e in ledger if e.collective == "reduce_scatter"} == {torch.float32}

@@ -235,7 +235,7 @@ def test_layer_norm_of_low_precision_has_float32_statistics(dtype):
     [
         (
             "a b",
-            "layer_norm('a b'):\n  - 1 patterns: one of x, one of what scales it\n"
+            "layer_norm('a b'):\n  - 1 patterns: one of x, one of the scale\n"
             "  Fix: write 'batch seq embed, embed'",
         ),
         (
@@ -244,12 +244,13 @@ def test_layer_norm_of_low_precision_has_float32_statistics(dtype):
         ),
         (
             "a b c, c",
-            "layer_norm('a b c, c'), x:\n  - pattern 'a b c' names 3 axes, the tensor has 2: (2, 4)\n"
+            "layer_norm('a b c, c'):\n  - x: pattern 'a b c' names 3 axes, the tensor has 2: (2, 4)\n"
+            "  - bias: pattern 'c' names 1 axes, the tensor has 2: (1, 4)\n"
             "  Fix: name each dimension of the tensor once, in order",
         ),
         (
             "a b, b",
-            "layer_norm('a b, b'), bias:\n  - pattern 'b' names 1 axes, the tensor has 2: (1, 4)\n"
+            "layer_norm('a b, b'):\n  - bias: pattern 'b' names 1 axes, the tensor has 2: (1, 4)\n"
             "  Fix: name each dimension of the tensor once, in order",
         ),
     ],
@@ -265,4 +266,4 @@ def test_iota_of_a_size_that_nothing_divides_is_an_error():
     with pytest.raises(ft.LayoutError) as error:
         ft.simulate(tp=2)(rank)()
     problem = "axis 'seq' of size 3 is not divisible by 2 (tp=2); 2 or 4 would be"
-    assert f"iota('seq', 'seq') ('seq', shape (3,)): {problem}" in str(error.value)
+    assert f"iota('seq', 'seq'):\n  - result ('seq', shape (3,)): {problem}" in str(error.value)

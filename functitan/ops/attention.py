@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from functitan.axes import Axes, parse_operands, write_axes
@@ -27,6 +26,9 @@ from functitan.sharding.precision import in_compute
 from functitan.sharding.steps import Label
 
 _REPLICA = "_replica"
+# The only backend with a second derivative and forward mode. Called outright, because `sdpa_kernel` sets flags of the
+# whole process, which threads of a virtual mesh would leave set. Private: tried on torch 2.13.
+_math = torch.ops.aten._scaled_dot_product_attention_math
 _MATH = "attention runs on SDPA's math backend: the fused kernels have neither a second derivative nor forward mode"
 
 
@@ -179,9 +181,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sc
         return out.transpose(-3, -2)
     if env.ledger is not None and _MATH not in env.ledger.notes:
         env.ledger.notes.append(_MATH)
-    with sdpa_kernel(SDPBackend.MATH):  # the only backend with a second derivative and forward mode
-        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
-    return out.transpose(-3, -2)
+    added = None if mask is None else torch.where(mask, 0.0, -torch.inf).to(q.dtype)
+    return _math(q, k, v, added, 0.0, causal, scale=scale, enable_gqa=grouped)[0].transpose(-3, -2)
 
 
 @cache

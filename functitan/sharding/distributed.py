@@ -49,9 +49,9 @@ def make_mesh(
     checked, limit = infer_sizes(sizes or {"dp": -1}, world), timedelta(seconds=timeout)
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(device_type, timeout)
+    backend = backend or ("nccl" if device_type == "cuda" else "gloo")
+    _check_backend(backend)
     if not running:
-        backend = backend or ("nccl" if device_type == "cuda" else "gloo")
-        _check_backend(backend)
         if device_type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
