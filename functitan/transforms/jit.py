@@ -92,11 +92,11 @@ class Jitted:
 
     def _find(self, args: Any, leaves: list[Any], structure: Any, env: Env) -> _Compiled:
         where = env._replace(ledger=None, taps=None)
-        found = next((one for one in self._known if one.fits(leaves, structure, where)), None)
+        found = next((one for one in tuple(self._known) if one.fits(leaves, structure, where)), None)
         if found is None:
             found = _capture(self, args, leaves, structure, where)
         with self._lock:
-            if self._known[:1] != [found]:
+            if not self._known or self._known[0] is not found:
                 self._known[:] = [found, *(one for one in self._known if one is not found)]
         return found
 
@@ -121,8 +121,8 @@ class _Compiled(NamedTuple):
     def fits(self, leaves: list[Any], structure: Any, env: Env) -> bool:
         if structure != self.structure or env != self.env:
             return False
-        tensors = [leaves[i] for i in self.places]
-        return self.guards(tensors) and _statics(leaves, set(self.places)) == self.statics
+        statics = all(type(leaves[i]) is kind and leaves[i] == value for i, kind, value in self.statics)
+        return statics and self.guards([leaves[i] for i in self.places])
 
 
 def _capture(jitted: Jitted, args: Any, leaves: list[Any], structure: Any, env: Env) -> _Compiled:
@@ -147,7 +147,7 @@ def _capture(jitted: Jitted, args: Any, leaves: list[Any], structure: Any, env: 
     program = run_passes(program, jitted.passes)
     run = compiled(program, homes, jitted.backend)
     others = [_TENSOR if isinstance(x, Tensor) else x for x in results[0]]
-    statics = _statics(leaves, set(places))
+    statics = tuple((i, type(leaf), leaf) for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor))
     kept = tuple(n for n in range(len(args)) if n not in jitted.donate)
     guards = _guards(tensors)
     made_for = structure, places, guards, statics, env
@@ -204,10 +204,6 @@ def _guards(tensors: Sequence[Tensor]) -> Callable[[list[Tensor]], bool]:
     strides: Any = [list(x.stride()) for x in tensors]
     guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
     return lambda others: len(others) == len(tensors) and guards.check(*others)
-
-
-def _statics(leaves: list[Any], tensors: set[int]) -> tuple[Any, ...]:
-    return tuple((i, type(leaf), leaf) for i, leaf in enumerate(leaves) if i not in tensors)
 
 
 def _check(jitted: Jitted, args: Any, tensors: Sequence[Tensor], what: str) -> None:
