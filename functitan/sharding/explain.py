@@ -25,6 +25,7 @@ from functitan.sharding.layout import Layout, check_leaves, layout_of, local_sha
 from functitan.sharding.ledger import Ledger
 from functitan.sharding.mesh import Mesh, MeshSizes, Transport, mesh_sizes
 from functitan.sharding.rules import AxisRules
+from functitan.sharding.traced import unsent
 
 
 def explain(
@@ -111,16 +112,11 @@ class _Memory(TorchDispatchMode):
 def shapes_only(sizes: MeshSizes) -> Transport:
     """A transport whose collectives send nothing: for fake tensors."""
 
-    def all_gather(x, dims, note):
-        return x.new_empty((sizes.size(dims), *x.shape))
-
-    def reduce_scatter(x, dims, op, note):
-        return x.new_empty(x.shape[1:])
-
-    def same(x, dims, *options):
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-    return Transport("explain", all_gather, reduce_scatter, same, same, same, agree=lambda program, wait=True: None)
+    kinds = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "permute")
+    sends: dict[str, Any] = {
+        kind: lambda x, dims, *options, kind=kind: unsent(kind, x, sizes.size(dims)) for kind in kinds
+    }
+    return Transport("explain", **sends, agree=lambda program, wait=True: None)
 
 
 def _sizes(mesh: Any) -> MeshSizes:

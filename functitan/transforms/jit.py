@@ -157,7 +157,7 @@ def _capture(jitted: Jitted, args: Any, leaves: list[Any], structure: Any, env: 
 def _call(found: _Compiled, args: Any, leaves: list[Any]) -> Any:
     tensors = [leaves[i] for i in found.places]
     if found.donated:
-        check_donated(args, "ft.jit", found.kept)
+        check_donated(args, "ft.jit", found.kept, leaves)
     values = found.run(list(tensors))
     for error in reversed(found.program.failures):
         flag = values.pop()
