@@ -29,6 +29,26 @@ def run(command: list[str], out: Path) -> list[float]:
     return [row["loss"] for row in rows]
 
 
+LEAVES = """
+import atexit, os, torch
+threads = lambda: [open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")]
+atexit.register(lambda: os.write(1, f"{sum('gloo' in name for name in threads())} gloo threads\\n".encode()))
+import functitan as ft
+torch.set_num_threads(1)
+meshes = ft.make_mesh(fsdp=2), ft.make_mesh(tp=2)
+for mesh, dim in zip(meshes, ("fsdp", "tp")):
+    ft.unshard(torch.ones(8), "a", mesh=mesh, rules=ft.AxisRules({"a": dim}))
+"""
+
+
+def test_a_process_leaves_no_thread_of_a_mesh_to_the_end_of_its_interpreter(tmp_path):
+    """Such a thread aborts the process, now and then, when it lets go of a tensor."""
+    (tmp_path / "leaves.py").write_text(LEAVES)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(tmp_path / "leaves.py")]
+    done = subprocess.run(torchrun, capture_output=True, text=True, timeout=120)
+    assert done.stdout == 2 * "0 gloo threads\n", done.stderr
+
+
 def test_train_llm_has_the_same_losses_in_each_way_to_run_it(tmp_path):
     script = str(EXAMPLES / "train_llm.py")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", script]

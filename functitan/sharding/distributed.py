@@ -7,7 +7,10 @@ collectives end after the mesh's timeout. Functional collectives (`torch.ops._c1
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
+import weakref
 import zlib
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -38,8 +41,9 @@ def make_mesh(
 
     `device_type` is "cuda" where there is one, else "cpu"; `backend` is any of torch.distributed's, by its name (gloo
     on CPU, nccl on CUDA unless given); `timeout` in seconds ends collectives that a rank does not join. Starts
-    torch.distributed if it is not running. Raises `MeshError` before that if the sizes do not multiply to the number
-    of processes, and `CollectiveError` if a process does not come in time, or comes with other sizes.
+    torch.distributed if it is not running, and ends it with the process. Raises `MeshError` before that if the sizes
+    do not multiply to the number of processes, and `CollectiveError` if a process does not come in time, or comes
+    with other sizes.
 
     >>> make_mesh(fsdp=1, tp=-1).mesh_dim_names
     ('fsdp', 'tp')
@@ -61,6 +65,7 @@ def make_mesh(
     device_mesh = init_device_mesh(device_type, checked.sizes, mesh_dim_names=checked.dims)
     for dim in checked.dims:  # a group made by DeviceMesh has its backend's timeout, half an hour
         set_pg_timeout(limit, device_mesh.get_group(dim))
+    atexit.register(_leave, weakref.ref(device_mesh), not running)
     return device_mesh
 
 
@@ -178,6 +183,17 @@ def _meet(start: Callable[[], None], world: int, timeout: float) -> None:
         start()
     except dist.DistError as error:
         raise CollectiveError(_alone(world, timeout, error)) from error
+
+
+def _leave(device_mesh: weakref.ref[DeviceMesh], destroy: bool) -> None:
+    """At exit: a gloo thread that lets go of its last tensor once the interpreter is gone aborts the process."""
+    if getattr(sys, "last_value", None) is not None:  # ends by an error: the other ranks may never come
+        return
+    if destroy and dist.is_initialized():
+        dist.destroy_process_group()
+        _mesh_of.cache_clear()
+    if mesh := device_mesh():
+        getattr(mesh, "_pg_registry", {}).clear()  # the last reference: a group joins its threads (torch 2.13)
 
 
 def _check_device(device_type: str, timeout: float) -> None:
