@@ -113,6 +113,15 @@ def _own(static: _Static, labels: Tensor, size: int, env: Env) -> tuple[Tensor, 
     return own_labels(labels, env.mesh.index(static.layout.of(static.vocab)) * size, size, static.ignore_index)
 
 
+def _chosen(static: _Static, logits: Tensor, labels: Tensor, env: Env) -> Tensor:
+    """Where a logit is its label's: bool, like the logits."""
+    place = static.axes.index(static.vocab)
+    at, inside = _own(static, labels, logits.shape[place], env)
+    positions = torch.arange(logits.shape[place], device=logits.device)
+    spread = positions.view([-1 if i == place else 1 for i in range(logits.dim())])
+    return (spread == at.unsqueeze(place)) & inside.unsqueeze(place)
+
+
 def _vjp(
     call: Call,
     tensors: tuple[Tensor, ...],
@@ -124,14 +133,8 @@ def _vjp(
     static: _Static = call.static
     env = call.transposed()
     (logits,), (labels, lse, g_loss, g_lse) = _together(static, [tensors[0]], [tensors[1], results[1], *grads], env)
-    place, last = static.axes.index(static.vocab), logits.dim()
     spread = lambda x: _spread(static, x, env)
-    at, inside = _own(static, labels, logits.shape[place], env)
-    soft = (logits - spread(lse)).exp()
-    positions = torch.arange(logits.shape[place], device=logits.device).view(
-        [-1 if i == place else 1 for i in range(last)]
-    )
-    chosen = (positions == at.unsqueeze(place)) & inside.unsqueeze(place)
+    chosen, soft = _chosen(static, logits, labels, env), (logits - spread(lse)).exp()
     out = None
     if g_loss is not None:
         counted = spread(torch.where(labels == static.ignore_index, 0.0, g_loss))
@@ -172,16 +175,10 @@ def _jvp(call: Call, tensors: tuple[Tensor, ...], results: tuple[Tensor, ...], g
     env = call.env
     (logits, t), (labels, lse) = _together(static, [tensors[0], given[0]], [tensors[1], results[1]], env)
     assert t is not None
-    place = static.axes.index(static.vocab)
-    at, inside = _own(static, labels, logits.shape[place], env)
-    soft = (logits - _spread(static, lse, env)).exp()
+    chosen, soft = _chosen(static, logits, labels, env), (logits - _spread(static, lse, env)).exp()
     typed = Contraction(
         (Type(static.axes, layout=static.layout),), (static.row_type(static.axes),), (Term(0, (0,)),), static.sizes
     )  # type: ignore[arg-type]
-    positions = torch.arange(logits.shape[place], device=logits.device).view(
-        [-1 if i == place else 1 for i in range(logits.dim())]
-    )
-    chosen = (positions == at.unsqueeze(place)) & inside.unsqueeze(place)
     of_lse = contract(typed, (soft * t,), env, static.label)[0]
     picked = contract(typed, (torch.where(chosen, t, 0.0),), env, static.label)[0]
     return torch.where(labels == static.ignore_index, 0.0, of_lse - picked), of_lse
