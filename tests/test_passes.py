@@ -145,6 +145,46 @@ def test_a_sum_of_reductions_is_the_reduction_of_a_sum(view):
     assert found == ["all_reduce max", "all_reduce max", "all_reduce sum", "reduce_scatter sum"]
 
 
+@pytest.mark.parametrize(
+    ("sizes", "sent"),
+    [(dict(dp=2), ["reduce_scatter dp"]), (dict(dp=2, tp=2), ["reduce_scatter dp", "all_reduce tp"])],
+    ids=str,
+)
+def test_only_the_part_of_a_sum_that_a_rank_takes_is_reduced(sizes, sent):
+    rules = ft.AxisRules({"batch": ("dp", "tp"), "whole": None, "rows": None, "embed": "dp"})
+
+    def fn(x):
+        whole = ft.reduce("batch rows whole -> rows whole", x)
+        return ft.constrain("rows whole -> rows embed", whole)
+
+    def on_each_rank(mesh):
+        x = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(mesh.rank)).double()
+        own = ft.shard(x, "batch rows whole", mesh=mesh, rules=rules)
+        jitted = ft.jit(ft.spmd(fn, mesh=mesh, rules=rules))
+        plain = ft.jit(ft.spmd(fn, mesh=mesh, rules=rules), skip=["scatter_reductions"])
+        assert torch.equal(jitted(own), plain(own)) and torch.equal(
+            jitted(own), ft.spmd(fn, mesh=mesh, rules=rules)(own)
+        )
+        nodes = [collective_of(node) for node in jitted.graph(own).graph.nodes if is_collective(node)]
+        return [f"{its.kind} {its.dims}" for its in nodes]
+
+    assert ft.simulate(**sizes)(on_each_rank)()[0] == sent
+
+
+def test_a_sum_that_something_else_needs_whole_is_reduced_whole():
+    rules = ft.AxisRules({"batch": "dp", "whole": None, "embed": "dp"})
+
+    def fn(x):
+        whole = ft.reduce("batch whole -> whole", x)
+        return whole * 2, ft.constrain("whole -> embed", whole)
+
+    def on_each_rank(mesh):
+        graph = ft.jit(ft.spmd(fn, mesh=mesh, rules=rules)).graph(torch.ones(1, 4))
+        return [collective_of(node).kind for node in graph.graph.nodes if is_collective(node)]
+
+    assert ft.simulate(dp=2)(on_each_rank)() == [["all_reduce"]] * 2
+
+
 def test_peak_memory_grows_by_little_more_than_a_block_for_each_pass():
     wide = CONFIG._replace(num_layers=3, vocab_size=64, embed=128, mlp=384)
     params = ft.models.llama.params(wide)

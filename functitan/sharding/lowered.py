@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from functitan.sharding.mesh import Mesh
-from functitan.sharding.traced import Collective, collective_of, emit, is_collective, options_of
+from functitan.sharding.traced import OWN, Collective, collective_of, emit, is_collective, options_of
 
 
 def lower_collectives(graph: GraphModule, meshes: tuple[Mesh, ...], compiled: bool) -> GraphModule:
@@ -22,6 +22,10 @@ def lower_collectives(graph: GraphModule, meshes: tuple[Mesh, ...], compiled: bo
     Those start where the captured one stands, and are waited for where the result is first used.
     """
     for node in list(graph.graph.nodes):
+        if node.target is OWN:
+            x, axis, mesh, dim = node.args
+            at = meshes[mesh].index((dim,))
+            node.target, node.args = torch.ops.aten.slice.Tensor, (x, axis, at, at + 1)
         if is_collective(node):
             its = collective_of(node)
             mesh = meshes[its.mesh]

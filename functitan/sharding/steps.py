@@ -18,7 +18,7 @@ from functitan.sharding.moves import Step, View
 from functitan.sharding.precision import narrowed
 from functitan.sharding.program import describe
 from functitan.sharding.rules import Dims
-from functitan.sharding.traced import collective
+from functitan.sharding.traced import OWN, collective
 
 
 class Label(NamedTuple):
@@ -91,7 +91,10 @@ def _own(sub: Tensor, step: Step, env: Env) -> Tensor:
     """This rank's part of the sub-axes to be scattered: a view."""
     assert env.mesh is not None and step.target is not None
     for place, dim in zip(_places(step, step.target), step.dims, strict=True):
-        sub = sub.narrow(place, env.mesh.index((dim,)), 1)
+        if env.capture is not None:
+            sub = OWN(sub, place, env.capture.place(env.mesh), dim)
+        else:
+            sub = sub.narrow(place, env.mesh.index((dim,)), 1)
     return sub
 
 

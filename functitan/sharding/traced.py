@@ -1,7 +1,7 @@
-"""Collectives in a captured program: one opaque op that a graph can hold, and its lowering to what runs.
+"""Collectives in a captured program, and a rank's own part of a whole value: opaque ops that a graph can hold.
 
 Invariant: a captured collective says all that `steps.send` knew when it was traced (kind, mesh, dims, label, phase), so
-passes and ledgers read it from the graph alone. The op has a shape and no kernel: it never runs as it is.
+passes and ledgers read it from the graph alone. The ops have shapes and no kernels: they never run as they are.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ _LIBRARY.define(
     "collective(Tensor x, str kind, int mesh, int size, str dims, str detail, str op, str pattern, str phase, "
     "bool recomputed) -> Tensor"
 )
+_LIBRARY.define("own(Tensor x, int axis, int mesh, str dim) -> Tensor")
 COLLECTIVE = torch.ops.functitan.collective.default
+OWN = torch.ops.functitan.own.default  # the part of an axis that is of this rank's number along a mesh dim: of size 1
 
 
 class Capture:
@@ -104,4 +106,10 @@ def unsent(kind: str, x: Tensor, size: int) -> Tensor:
     return x.new_empty(x.shape)
 
 
+def _own(x: Tensor, axis: int, mesh: int, dim: str) -> Tensor:
+    view = x.narrow(axis, 0, 1)
+    return x.new_empty_strided(view.shape, view.stride())
+
+
+_LIBRARY.impl("own", _own, "Meta")
 _LIBRARY.impl("collective", lambda x, kind, mesh, size, *rest: unsent(kind, x, size), "Meta")

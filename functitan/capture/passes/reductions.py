@@ -23,7 +23,7 @@ def merge_reductions(program: Program) -> Program:
     for node in list(graph.nodes):
         if node.target is not aten.add.Tensor or len(node.args) != 2 or node.kwargs:
             continue
-        left, right = (_reduction(x) for x in node.args)
+        left, right = (reduction_of(x) for x in node.args)
         if left is None or right is None or left[1] != right[1] or groups[left[0]] != groups[right[0]]:
             continue
         first, second = collective_of(left[0]), collective_of(right[0])
@@ -36,20 +36,20 @@ def merge_reductions(program: Program) -> Program:
             for target, rest, kwargs in left[1]:
                 new = emit(graph, target, new, *rest, **dict(kwargs))
         node.replace_all_uses_with(new)
-        _erase(graph, node)
+        erase(graph, node)
     return program
 
 
-def _erase(graph: Graph, node: Node) -> None:
+def erase(graph: Graph, node: Node) -> None:
     """Erase a node, and what only it used."""
     inputs = node.all_input_nodes
     if not node.users and node.op == "call_function":
         graph.erase_node(node)
         for x in inputs:
-            _erase(graph, x)
+            erase(graph, x)
 
 
-def _reduction(x: object) -> tuple[Node, tuple] | None:
+def reduction_of(x: object) -> tuple[Node, tuple] | None:
     """The summing collective that a value is a view of, and the views in order; `None` where others use it too."""
     views = []
     while isinstance(x, Node) and len(x.users) == 1:

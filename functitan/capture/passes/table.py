@@ -10,11 +10,13 @@ from functitan.capture.passes.dead import remove_dead
 from functitan.capture.passes.keep import keep_gathered
 from functitan.capture.passes.overlap import overlap
 from functitan.capture.passes.reductions import merge_reductions
+from functitan.capture.passes.scatter import scatter_reductions
 from functitan.capture.trace import Program, unseen
 
 PASSES: dict[str, Callable[[Program], Program]] = {
     "merge_equal": merge_equal,
     "keep_gathered": keep_gathered,
+    "scatter_reductions": scatter_reductions,
     "merge_reductions": merge_reductions,
     "remove_dead": remove_dead,
     "bucket_collectives": bucket_collectives,

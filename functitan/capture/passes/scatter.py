@@ -1,0 +1,60 @@
+"""Scatter reductions: of an all-reduce that each rank takes its own part of, only that part is reduced.
+
+Invariant: only where nothing else uses the whole, so half the bytes travel, and the sums are the same.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch.fx import Node
+
+from functitan.capture.passes.reductions import erase, reduction_of
+from functitan.capture.trace import Program
+from functitan.sharding.traced import COLLECTIVE, OWN, collective_of, emit
+
+aten = torch.ops.aten
+
+
+def scatter_reductions(program: Program) -> Program:
+    """The program with `own part of all_reduce(x)` as a reduce-scatter, over those mesh dims that the part is of."""
+    graph = program.graph.graph
+    for node in list(graph.nodes):
+        if node.target is not OWN or any(user.target is OWN for user in node.users):
+            continue
+        parts = _parts(node)
+        found = reduction_of(parts[0].args[0])
+        if found is None or collective_of(found[0]).kind != "all_reduce":
+            continue
+        its, sizes = collective_of(found[0]), program.meshes[node.args[2]].sizes
+        dims = tuple(str(part.args[3]) for part in parts)
+        rest = tuple(dim for dim in its.mesh_dims if dim not in dims)
+        if its.mesh != node.args[2] or not set(dims) <= {*its.mesh_dims}:
+            continue
+        axes = [part.args[1] for part in parts]
+        with graph.inserting_before(node):
+            x = its.x
+            for target, args, kwargs in found[1]:  # views commute with a reduction
+                x = emit(graph, target, x, *args, **dict(kwargs))
+            shape = list(x.meta["val"].shape)
+            others = [axis for axis in range(len(shape)) if axis not in axes]
+            x = emit(graph, aten.permute.default, x, [*axes, *others])
+            lead = prod(shape[axis] for axis in axes)
+            x = emit(graph, aten.reshape.default, x, [lead, *(shape[axis] for axis in others)])
+            new = its._replace(x=x, kind="reduce_scatter", size=sizes.size(dims), dims=" ".join(dims))
+            x = emit(graph, COLLECTIVE, *new)
+            if rest:
+                x = emit(graph, COLLECTIVE, *its._replace(x=x, size=sizes.size(rest), dims=" ".join(rest)))
+            x = emit(graph, aten.reshape.default, x, list(node.meta["val"].shape))
+        node.replace_all_uses_with(x)
+        erase(graph, node)
+    return program
+
+
+def _parts(node: Node) -> list[Node]:
+    """The nodes that take a part of a part, in order: the last is `node`."""
+    parts = [node]
+    while isinstance(x := parts[0].args[0], Node) and x.target is OWN and len(x.users) == 1:
+        parts.insert(0, x)
+    return parts
