@@ -73,7 +73,8 @@ LAWS = {
     "nn.position_embedding": ["test_nn.py [position_embedding]", "test_nn.py [given"],
     "nn.rope": ["test_nn.py [rope]", "test_nn.py packed", "test_llama.py huggingface[plain]"],
     "models.*": ["test_nn.py losses"],
-    "optim.factored": ["test_optim_laws.py steps_on_a_mesh", "test_optim_laws.py equal_torch"],
+    "optim.factored": ["test_optim_laws.py steps_on_a_mesh", "test_optim_laws.py equal_torch"]
+    + ["test_optim_sharded.py tiny"],
     "optim.finite": ["test_finite.py"],
     "optim.muon": ["test_optim_laws.py steps_on_a_mesh", "test_optim_laws.py equal_torch"],
     "optim.norms": ["test_optim.py mesh", "test_optim.py norm", "test_optim_laws.py steps_on_a_mesh"],

@@ -60,12 +60,15 @@ def sent(tx, sizes):
     return ledger
 
 
-@pytest.mark.parametrize("size", [1e-9, 1e-20])
-def test_adafactor_bounds_tiny_estimates_as_torch_does(size):
-    """The mean of rows by eps, the estimate by its square: in float64 eps is 2e-16, gradients are below its root."""
+@pytest.mark.parametrize(("size", "clip"), [(1e-9, 1.0), (1e-9, 1e3), (1e-20, 1.0)])
+def test_adafactor_bounds_tiny_estimates_as_torch_does(size, clip):
+    """The mean of rows by eps, the estimate by its square: in float64 eps is 2e-16, gradients are below its root.
+
+    A clip that acts hides the scale of the estimate; one of 1000 does not act.
+    """
     grads = size * torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     params, theirs = torch.zeros(6, 5, dtype=torch.float64), torch.zeros(6, 5, dtype=torch.float64)
-    tx, oracle = optim.adafactor(), torch.optim.Adafactor([theirs])
+    tx, oracle = optim.adafactor(d=clip), torch.optim.Adafactor([theirs], d=clip)
     state = tx.init(params)
     for g in grads:
         updates, state = tx.update(g, state, params)
