@@ -177,7 +177,7 @@ functitan = types.ModuleType("functitan")  # the planner alone: neither torch no
 functitan.__path__ = [sys.argv[1]]
 sys.modules["functitan"] = functitan
 from functitan.axes import parse_axes
-from functitan.sharding.contraction import Contraction, cotangents, terms_of
+from functitan.sharding.contraction import Contraction, Term, cotangents, terms_of
 from functitan.sharding.layout import Layout, layout_of
 from functitan.sharding.mesh import MeshSizes
 from functitan.sharding.plan import plan
@@ -197,7 +197,8 @@ seq = [Layout(("seq",), (dims,)) for dims in (("tp",), ("cp",), ("dp",))]  # eac
 print(plan(Contraction(tuple(seq[:2]), (seq[2],), terms_of(2, 1), sizes), mesh))
 for a, b in [("batch", "seq"), ("mlp", "heads"), ("seq", "embed")]:  # ties
     x, y, z = Layout((a,), (("tp",),)), Layout((b,), (("tp",),)), Layout((), ())
-    print(plan(Contraction((x, y), (z,), terms_of(2, 1), sizes), mesh))
+    for count in (1, 2, 3):  # terms that tie apart and together
+        print(plan(Contraction((x, y), (z,) * count, tuple(Term(i, (0, 1)) for i in range(count)), sizes), mesh))
 assert "torch" not in sys.modules
 """
 
