@@ -81,6 +81,7 @@ LAWS = {
     "optim.stored": ["test_optim_laws.py steps_on_a_mesh", "test_optim_sharded.py stored"],
     "transforms.accumulate": REPLICAS,
     "transforms.checked": ["test_guards.py"],
+    "transforms.remat_policies": ["test_remat.py work"],
     "*": ["test_grad.py", "test_threads.py", "test_ops.py values-", "test_ops.py cotangents-", "test_nn.py"],
 }
 

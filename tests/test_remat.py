@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import dataclasses
 import functools
+import math
 import threading
 
 import pytest
@@ -352,6 +353,16 @@ def test_a_budget_spares_collectives_first():
     rich = explained(P.budget(2**30), 1, sizes=dict(tp=2))
     again = [sum(e.recomputed for e in ledger if e.collective == "reduce_scatter") for ledger in (free, rich)]
     assert again[0] == 2 and again[1] == 0  # of the products that end attention and the MLP
+
+
+@pytest.mark.parametrize("sizes", [dict(fsdp=2), dict(tp=2), dict(dp=2, tp=2)], ids=str)
+def test_a_policy_is_told_the_work_of_one_rank(sizes):
+    asked = []
+    loss = of_sum(ft.remat(layer, policy=lambda made: asked.append((made.is_dot, made.flops))))
+    params = {"up": ft.Param("embed mlp", (4, 8)), "down": ft.Param("mlp embed", (8, 4))}
+    ft.explain(ft.grad(loss), params, ft.Param("batch embed", (8, 4)), mesh=sizes, rules=RULES)
+    work = 2 * 8 * 4 * 8 // math.prod(sizes.values())  # each product, over all ranks, once
+    assert {*asked} == {(True, work), (False, 0)}
 
 
 def test_naming_an_op_spares_it():
