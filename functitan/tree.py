@@ -9,16 +9,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import optree
+from optree.registry import __GLOBAL_NAMESPACE as _GLOBAL  # private: tried on optree 0.20
 
 from functitan.errors import FunctitanError, report
 
 Tree = Any
-NAMESPACE = "functitan"
 
 
 def flatten(tree: Tree) -> tuple[list[Any], Any]:
     """The leaves in order, and the structure to rebuild the tree from."""
-    leaves, structure = optree.tree_flatten(tree, namespace=NAMESPACE)
+    leaves, structure = optree.tree_flatten(tree)
     return leaves, structure
 
 
@@ -29,7 +29,7 @@ def unflatten(structure: Any, leaves: Iterable[Any]) -> Tree:
 
 def leaves(tree: Tree) -> list[Any]:
     """The leaves of a tree, in order."""
-    return optree.tree_leaves(tree, namespace=NAMESPACE)
+    return optree.tree_leaves(tree)
 
 
 def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
@@ -39,7 +39,7 @@ def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     {'a': 11, 'b': [22]}
     """
     try:
-        return optree.tree_map(fn, tree, *rest, namespace=NAMESPACE)
+        return optree.tree_map(fn, tree, *rest)
     except ValueError:
         problems = [
             p for i, other in enumerate(rest) for p in mismatches(tree, other, "the first tree", f"tree {i + 2}")
@@ -71,7 +71,7 @@ def paths(tree: Tree) -> list[str]:
     >>> paths({"layers": [{"q": 1}, {"q": 2}]})
     ['layers.0.q', 'layers.1.q']
     """
-    return [".".join(str(key) for key in path) for path in optree.tree_paths(tree, namespace=NAMESPACE)]
+    return [".".join(str(key) for key in path) for path in optree.tree_paths(tree)]
 
 
 def map_with_path(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
@@ -87,8 +87,8 @@ def broadcast_prefix(prefix: Tree, tree: Tree, what: str = "prefix") -> list[Any
     [1, 1, None]
     """
     try:
-        spread = optree.broadcast_prefix(prefix, tree, none_is_leaf=True, namespace=NAMESPACE)
-        below = optree.tree_leaves(tree, none_is_leaf=True, namespace=NAMESPACE)
+        spread = optree.broadcast_prefix(prefix, tree, none_is_leaf=True)
+        below = optree.tree_leaves(tree, none_is_leaf=True)
         return [leaf for leaf, there in zip(spread, below, strict=True) if there is not None]
     except ValueError:
         raise FunctitanError(report(what, _prefix_problems(prefix, tree), _FIX_PREFIX)) from None
@@ -96,13 +96,14 @@ def broadcast_prefix(prefix: Tree, tree: Tree, what: str = "prefix") -> list[Any
 
 def register(cls: type, flatten_fn: Callable[[Any], tuple], unflatten_fn: Callable[..., Any]) -> None:
     """Make an immutable class a node: `flatten_fn(value) -> (children, static, names)`."""
-    optree.register_pytree_node(cls, flatten_fn, unflatten_fn, namespace=NAMESPACE)
+    # for all users of optree: a namespace of our own costs a lookup more for every node
+    optree.register_pytree_node(cls, flatten_fn, unflatten_fn, namespace=_GLOBAL)
 
 
 def _prefix_problems(prefix: Tree, tree: Tree) -> list[str]:
     """The subtrees of `tree` that a prefix has no entry for, and its entries that `tree` does not have."""
-    entries = optree.tree_paths(prefix, none_is_leaf=True, namespace=NAMESPACE)
-    below = optree.tree_paths(tree, none_is_leaf=True, namespace=NAMESPACE)
+    entries = optree.tree_paths(prefix, none_is_leaf=True)
+    below = optree.tree_paths(tree, none_is_leaf=True)
     heads = {path[:n] for path in below for n in range(len(path) + 1)}
     known = set(entries)
     lines = [
