@@ -69,11 +69,12 @@ def _interpreted(graph: GraphModule) -> Run:
 def _inductor(graph: GraphModule, program: Program) -> Run:
     from torch._inductor import config  # two seconds to import
     from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 
     mode = program.inputs[0].fake_mode if program.inputs else None  # type: ignore[attr-defined]
     keep_order = config.patch(reorder_for_locality=False, reorder_for_peak_memory=False)  # passes place collectives
     with tracing(TracingContext(mode)), keep_order:
-        found = compile_fx_inner(graph, list(program.inputs))
+        found = compile_fx_inner(joint_graph_passes(graph), list(program.inputs))
 
     def run(xs: list[Tensor]) -> list[Any]:
         return list(found(xs))
