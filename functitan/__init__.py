@@ -39,6 +39,7 @@ from functitan.train import TrainState, train_step
 from functitan.transforms import remat_policies
 from functitan.transforms.accumulate import accumulate
 from functitan.transforms.checked import check_equal, checked
+from functitan.transforms.compile import compile
 from functitan.transforms.grad import grad, hvp, jvp, value_and_grad
 from functitan.transforms.jit import jit
 from functitan.transforms.precision import precision
@@ -69,6 +70,7 @@ __all__ = [
     "check_equal",
     "checked",
     "checkpoint_name",
+    "compile",
     "constrain",
     "cross_entropy",
     "data",

@@ -26,6 +26,8 @@ def compiled(program: Program, homes: tuple[int | None, ...], backend: str) -> R
     plain = backend == "graph" or any(mesh.transport.name != "distributed" for mesh in program.meshes)
     graph = GraphModule(program.graph, copy.deepcopy(program.graph.graph))
     graph = lower_collectives(graph, program.meshes, not plain)
+    if plain:
+        _call_directly(graph, program)
     _copy_home(graph, homes, len(program.failures))
     return _interpreted(graph) if plain else _inductor(graph, program)
 
@@ -54,6 +56,14 @@ def _copy_home(graph: GraphModule, homes: tuple[int | None, ...], failures: int)
                 call(aten.copy_.default, old, kept)
             results[r] = None
     output.args = (tuple(results),)
+    graph.recompile()
+
+
+def _call_directly(graph: GraphModule, program: Program) -> None:
+    """Let other captured programs run as they are, with what they do in sight of a caller's modes."""
+    for node in graph.graph.nodes:
+        if node.target in program.calls:
+            node.target = program.calls[node.target].called
     graph.recompile()
 
 

@@ -7,7 +7,7 @@ inputs comes as further results, and `Program.written` says whose they are.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,10 +38,17 @@ class Program(NamedTuple):
     inputs: tuple[Tensor, ...]  # fake
     written: tuple[int, ...]  # the inputs that the function wrote into
     failures: tuple[Callable[[], Exception], ...]  # what to raise where a flag, one of the last results, is true
+    calls: Mapping[Any, Any]  # for each op that stands for another captured program: that one (`opaque.Opaque`)
 
     def entries(self) -> list[Entry]:
         """What one run of it enters into a ledger."""
-        return [collective_of(node).entry() for node in self.graph.graph.nodes if is_collective(node)]
+        found: list[Entry] = []
+        for node in self.graph.graph.nodes:
+            if is_collective(node):
+                found.append(collective_of(node).entry())
+            elif node.target in self.calls:
+                found += self.calls[node.target].program.entries()
+        return found
 
     def notes(self) -> list[str]:
         """What a ledger of it should say besides."""
@@ -51,7 +58,7 @@ class Program(NamedTuple):
 
 
 unseen = _disable_current_modes  # modes of a caller (ft.explain's memory) see nothing of what is done to graphs
-_ONE_AT_A_TIME = threading.RLock()  # torch.fx patches the whole process while it traces; tracing waits for no rank
+one_at_a_time = threading.RLock()  # torch.fx patches the whole process while it traces; tracing waits for no rank
 
 
 # private torch API: make_fx, FakeTensorMode, Inductor's table of decompositions; tried on torch 2.13
@@ -61,10 +68,11 @@ def trace(
     donated: frozenset[int] = frozenset(),
     what: str = "trace",
     names: Sequence[str] = (),
+    fix: str = "donate it: ft.jit(fn, donate=...), or write out of place",
 ) -> Program:
     """Trace `fn` of flat tensors, called `names` in errors; it may write into those `donated`.
 
-    Raises `CaptureError` with the user's line for what a graph cannot hold.
+    Raises `CaptureError` with the user's line for what a graph cannot hold; `fix` is the one for an input written to.
     """
     from torch._inductor.decomposition import select_decomp_table  # two seconds to import
 
@@ -77,7 +85,7 @@ def trace(
             results = fn(*xs)
         return (*results, *(flag for flag, _ in capture.failures))
 
-    with _ONE_AT_A_TIME, unseen(), mode:
+    with one_at_a_time, unseen(), mode:
         fakes = tuple(mode.from_tensor(x) if type(x) is Tensor else _twin(x) for x in inputs)
         try:
             with traceback.preserve_node_meta():  # marks of what remat computes again
@@ -88,8 +96,9 @@ def trace(
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise CaptureError(_data_dependent(what, error)) from None
         written = _results_of_writes(graph)
-        _check_writes(set(written) - donated, inside, fakes, what, names)
-    return Program(graph, tuple(capture.meshes), fakes, written, tuple(error for _, error in capture.failures))
+        _check_writes(set(written) - donated, inside, fakes, what, names, fix)
+    failures = tuple(error for _, error in capture.failures)
+    return Program(graph, tuple(capture.meshes), fakes, written, failures, dict(capture.calls))
 
 
 def _twin(x: Tensor) -> Tensor:
@@ -124,12 +133,12 @@ def _results_of_writes(graph: GraphModule) -> tuple[int, ...]:
 
 
 def _check_writes(
-    bad: set[int], fn: Callable[..., Any], fakes: tuple[Tensor, ...], what: str, names: Sequence[str]
+    bad: set[int], fn: Callable[..., Any], fakes: tuple[Tensor, ...], what: str, names: Sequence[str], fix: str
 ) -> None:
     if bad:
         lines = lines_of_writes(fn, fakes)
         problems = [f"argument {names[i] if names else i} is written to, at {lines.get(i, '')}" for i in sorted(bad)]
-        raise CaptureError(report(what, problems, _FIX_WRITE))
+        raise CaptureError(report(what, problems, fix))
 
 
 def _check_constants(graph: GraphModule, fn: Callable[..., Any], fakes: tuple[Tensor, ...], what: str) -> None:
@@ -154,4 +163,3 @@ def _data_dependent(what: str, error: BaseException) -> str:
 
 
 _WHOLE = "gloo runs a reduce-scatter as an all-reduce and a slice, which sends twice the bytes entered for it"
-_FIX_WRITE = "donate it: ft.jit(fn, donate=...), or write out of place"

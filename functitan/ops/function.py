@@ -153,6 +153,13 @@ def is_differentiated(x: Tensor) -> bool:
     return x.requires_grad or functorch.is_functorch_wrapped_tensor(x)
 
 
+def requires_gradient(x: Tensor) -> bool:
+    """True for a tensor that plain autograd, or a torch.func transform around the caller, takes a gradient of."""
+    while not x.requires_grad and functorch.is_functorch_wrapped_tensor(x):
+        x = functorch.get_unwrapped(x)
+    return x.requires_grad and torch.is_grad_enabled()
+
+
 def needs_higher_derivatives(env: Env) -> bool:
     """True where a kernel with no more than a first reverse derivative would fail: nested transforms, forward mode."""
     stack = functorch.get_interpreter_stack() or []

@@ -35,6 +35,7 @@ class Capture:
         self.meshes: list[Mesh] = []  # a graph names them by their place here
         # a bool `[]`, and what to raise where it holds
         self.failures: list[tuple[Tensor, Callable[[], Exception]]] = []
+        self.calls: dict[Any, Any] = {}  # captured programs that it calls, by the op that stands for each
         self.recomputations = 0  # so far; the nodes of each are marked with its number
 
     def place(self, mesh: Mesh) -> int:

@@ -17,9 +17,9 @@ from torch.fx import GraphModule
 
 from functitan import tree
 from functitan.capture.compile import compiled
-from functitan.capture.passes.table import ASKED, PASSES, run_passes
+from functitan.capture.passes.table import chosen_passes, run_passes
 from functitan.capture.trace import Program, trace
-from functitan.errors import CaptureError, nearest, report
+from functitan.errors import CaptureError, report
 from functitan.ops.function import transforms_active
 from functitan.sharding.context import Env, current
 from functitan.sharding.ledger import Entry
@@ -52,14 +52,8 @@ def jit(
     >>> double({"x": torch.ones(2)})
     {'y': tensor([2., 2.])}
     """
-    problems = [f"no pass is called {name!r}{nearest(name, PASSES)}" for name in skip if name not in PASSES]
-    if backend not in ("inductor", "graph"):
-        problems.append(f"backend is {backend!r}: 'inductor' or 'graph'")
-    if problems:
-        raise CaptureError(report("ft.jit", problems, f"the passes are {list(PASSES)}"))
+    names = chosen_passes("ft.jit", skip, backend, ("keep_gathered",) if keep_gathered else ())
     places = (donate,) if isinstance(donate, int) else tuple(donate)
-    asked = ("keep_gathered",) if keep_gathered else ()
-    names = tuple(name for name in PASSES if name not in skip and (name not in ASKED or name in asked))
     return Jitted(fn, places, names, backend)
 
 

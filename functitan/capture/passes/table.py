@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from functitan.capture.passes.bucket import bucket_collectives
 from functitan.capture.passes.common import merge_equal
@@ -12,6 +12,7 @@ from functitan.capture.passes.overlap import overlap
 from functitan.capture.passes.reductions import merge_reductions
 from functitan.capture.passes.scatter import scatter_reductions
 from functitan.capture.trace import Program, unseen
+from functitan.errors import CaptureError, nearest, report
 
 PASSES: dict[str, Callable[[Program], Program]] = {
     "merge_equal": merge_equal,
@@ -23,6 +24,16 @@ PASSES: dict[str, Callable[[Program], Program]] = {
     "overlap": overlap,
 }
 ASKED = ("keep_gathered",)  # only where an argument of `ft.jit` asks
+
+
+def chosen_passes(what: str, skip: Sequence[str], backend: str, asked: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The passes that run, in order. Raises `CaptureError` for unknown names and backends."""
+    problems = [f"no pass is called {name!r}{nearest(name, PASSES)}" for name in skip if name not in PASSES]
+    if backend not in ("inductor", "graph"):
+        problems.append(f"backend is {backend!r}: 'inductor' or 'graph'")
+    if problems:
+        raise CaptureError(report(what, problems, f"the passes are {list(PASSES)}"))
+    return tuple(name for name in PASSES if name not in skip and (name not in ASKED or name in asked))
 
 
 def run_passes(program: Program, names: tuple[str, ...]) -> Program:

@@ -1,0 +1,235 @@
+"""`ft.compile`: one region, as a block, captured and compiled once for all layers of its shapes, forward and backward.
+
+Invariant: the region runs below all transforms, as two programs in two autograd Functions, so that the derivative of
+the second, which nobody captured, is an error. A program serves exactly what it was made for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functitan import tree
+from functitan.capture.halves import Halves, trace_halves
+from functitan.capture.opaque import Opaque, call, opaque
+from functitan.capture.passes.table import chosen_passes, run_passes
+from functitan.errors import FunctitanError, check_function, report
+from functitan.ops.function import requires_gradient, transforms_active
+from functitan.sharding.context import Env, current, using
+from functitan.transforms.closures import closed_over
+
+
+def compile(fn: Callable[..., Any], *, skip: Sequence[str] = (), backend: str = "inductor") -> Compiled:
+    """`fn` as a region that is captured and compiled once, forward and backward, and called by every layer.
+
+    Made at the first call, and again for other structures, shapes, strides, dtypes, static values, meshes and rules, or
+    where other arguments are differentiated: 32 equal layers compile as fast as one. Works in eager, under reverse-mode
+    transforms (`ft.value_and_grad`, `torch.func.vjp`), and inside `ft.jit`, whose graph then holds one op for each call.
+    Arguments and results are trees; leaves that are no tensors are static. Backward keeps what autograd would keep, less
+    what elementwise ops make again; `ft.compile(ft.remat(fn))` keeps the arguments. `compiled.regions` are those made.
+    `skip` turns passes off by name, and `backend` is "inductor" or "graph", as in `ft.jit`.
+
+    Raises `CaptureError`, with the line, for what a graph cannot hold, as `ft.jit` does; `FunctitanError` for forward
+    mode, for a second derivative, under vmap, and for a differentiated tensor that `fn` closes over.
+
+    >>> import torch, functitan as ft
+    >>> block = ft.compile(lambda w, x: torch.tanh(w * x), backend="graph")
+    >>> ft.grad(lambda w, x: block(w, block(w, x)).sum())(torch.zeros(2), torch.ones(2))
+    tensor([0., 0.])
+    >>> len(block.regions)
+    2
+    """
+    check_function(fn, "ft.compile")
+    return Compiled(fn, chosen_passes("ft.compile", skip, backend), backend)
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """What was made for one kind of call. Opaque to pytrees."""
+
+    made_for: tuple[Any, ...]
+    forward: Opaque
+    backward: Opaque | None
+    halves: Halves
+    result: tuple[Any, Any]  # its leaves, `_TENSOR` for tensors, and their structure
+
+
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    """A function that runs as compiled regions: what `compile` gives."""
+
+    fn: Callable[..., Any]
+    passes: tuple[str, ...]  # those that run, in order
+    backend: str
+    regions: list[Region] = field(default_factory=list, repr=False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves, structure = tree.flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        wanted = tuple(i for i, x in enumerate(tensors) if requires_gradient(x))
+        env = current()
+        if transforms_active() or torch.is_grad_enabled():
+            _check(self, env)
+        static = tuple(_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        its = _Call(self, env, structure, static, wanted, [])
+        found = _Forward.apply(its, *tensors) if transforms_active() or wanted else _forward(its, tensors)
+        others, shape = its.region.result
+        left = iter(found)
+        return tree.unflatten(shape, [next(left) if x is _TENSOR else x for x in others])
+
+    @property
+    def name(self) -> str:
+        """For errors."""
+        return f"ft.compile of {getattr(self.fn, '__qualname__', repr(self.fn))}"
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """One call: all that its programs need besides tensors. Opaque to pytrees."""
+
+    compiled: Compiled
+    env: Env
+    structure: Any
+    static: tuple[Any, ...]
+    wanted: tuple[int, ...]
+    found: list[Region]
+
+    @property
+    def region(self) -> Region:
+        return self.found[0]
+
+
+def _forward(its: _Call, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    xs = tuple(x.detach() for x in tensors)
+    its.found[:] = [_region(its, xs)]
+    return call(its.region.forward, xs, its.env)
+
+
+def _region(its: _Call, xs: tuple[Tensor, ...]) -> Region:
+    """What was made for such a call, or is now."""
+    env = its.env._replace(
+        ledger=None, taps=None, checked=False, line="", capture=None, memo=None, differentiated=False, vmap_axes=()
+    )
+    shapes = tuple((x.shape, x.stride(), x.dtype, x.device) for x in xs)
+    made_for = (shapes, its.wanted, its.structure, tuple(map(type, its.static)), its.static, env)
+    known = next((region for region in its.compiled.regions if region.made_for == made_for), None)
+    if known is None:
+        with using(env):
+            known = _made(its, xs, made_for)
+        its.compiled.regions.append(known)
+    return known
+
+
+def _made(its: _Call, xs: tuple[Tensor, ...], made_for: tuple[Any, ...]) -> Region:
+    compiled, mesh, result = its.compiled, its.env.mesh, []
+
+    def flat(*xs: Tensor) -> tuple[Tensor, ...]:
+        left = iter(xs)
+        args, kwargs = tree.unflatten(its.structure, [next(left) if x is _TENSOR else x for x in its.static])
+        found, shape = tree.flatten(compiled.fn(*args, **kwargs))
+        result[:] = [_TENSOR if isinstance(x, Tensor) else x for x in found], shape
+        return tuple(x for x in found if isinstance(x, Tensor))
+
+    paths = tree.paths(tree.unflatten(its.structure, its.static))
+    names = [_called(path) for path, x in zip(paths, its.static, strict=True) if x is _TENSOR]
+    halves = trace_halves(flat, xs, its.wanted, compiled.name, names)
+    plain = mesh is not None and mesh.transport.name != "distributed"  # threads, and `ft.explain`'s fake tensors
+    make = lambda program: opaque(run_passes(program, compiled.passes), "graph" if plain else compiled.backend)
+    forward, backward = make(halves.forward), None if halves.backward is None else make(halves.backward)
+    return Region(made_for, forward, backward, halves, tuple(result))
+
+
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(its: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return _forward(its, tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.its, *tensors = inputs
+        halves, row = ctx.its.region.halves, (*tensors, *output)
+        ctx.num_inputs = len(tensors)
+        ctx.save_for_backward(*(row[i] for i in halves.saved))
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(y for r, y in enumerate(output) if r not in halves.differentiable))
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        region, n = ctx.its.region, ctx.num_inputs
+        places = region.halves.differentiable
+        if all(cotangents[r] is None for r in places):
+            return (None,) * (1 + n)
+        gs = (_zeros(region.forward.results[r]) if cotangents[r] is None else cotangents[r] for r in places)
+        found = _Backward.apply(ctx.its, *ctx.saved_tensors, *gs)
+        of = dict(zip(region.halves.given, found, strict=True))
+        return (None, *(of.get(i) for i in range(n)))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, its: _Call, *tensors: Tensor) -> Any:  # type: ignore[override]
+        raise _unsupported(its, "vmap around it", _FIX_VMAP)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:  # type: ignore[override]
+        raise _unsupported(ctx.its, "forward mode through it", _FIX_SECOND)
+
+
+class _Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(its: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        region = its.region
+        count = len(region.halves.saved)
+        assert region.backward is not None
+        saved, gs = tensors[:count], tensors[count:]
+        xs = (*(x.detach() for x in saved), *(g.detach().contiguous() for g in gs))
+        return call(region.backward, xs, its.env)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.its = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:  # type: ignore[override]
+        raise _unsupported(ctx.its, "a second derivative through it", _FIX_SECOND)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, its: _Call, *tensors: Tensor) -> Any:  # type: ignore[override]
+        raise _unsupported(its, "vmap around its gradient", _FIX_VMAP)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:  # type: ignore[override]
+        raise _unsupported(ctx.its, "forward mode through it", _FIX_SECOND)
+
+
+def _zeros(x: Tensor) -> Tensor:
+    return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _check(compiled: Compiled, env: Env) -> None:
+    problems = [
+        f"it closes over {path}, a tensor {tuple(x.shape)} that is differentiated and would get no gradient"
+        for path, x in closed_over(compiled.fn)
+    ]
+    fix = "pass it as an argument: ft.compile(lambda w, x: ...)(w, x)"
+    if env.memo is not None:
+        problems.append("a policy of the ft.remat around it cannot choose among the ops inside it")
+        fix = "rematerialize inside: ft.compile(ft.remat(fn, policy=...))"
+    if problems:
+        raise FunctitanError(report(compiled.name, problems, fix))
+
+
+def _unsupported(its: _Call, problem: str, fix: str) -> FunctitanError:
+    return FunctitanError(report(its.compiled.name, [f"{problem} is not supported"], fix))
+
+
+def _called(path: str) -> str:
+    """An argument as the caller knows it: `0.w` of `0.0.w`, and `key` of `1.key`."""
+    return path.partition(".")[2]
+
+
+_TENSOR = object()  # stands for a tensor among leaves
+_FIX_VMAP = "vmap inside: ft.compile(ft.vmap(fn, ...))"
+_FIX_SECOND = "differentiate inside, as in ft.compile(ft.grad(fn)), or leave the function uncompiled there"
