@@ -59,7 +59,9 @@ def trace_halves(
             places = tuple(r for r, y in enumerate(ys) if y.requires_grad)
             with torch.no_grad():
                 gs = [_COTANGENT(ys[r]) for r in places]
-            found = torch.autograd.grad([ys[r] for r in places], list(leaves.values()), gs, allow_unused=True) if gs else ()
+            found = (
+                torch.autograd.grad([ys[r] for r in places], list(leaves.values()), gs, allow_unused=True) if gs else ()
+            )
         grads = {i: g for i, g in zip(leaves, found, strict=bool(gs)) if g is not None}
         known.update(results=tuple(range(len(ys))), differentiable=places, given=tuple(grads))
         return (*ys, *gs, *grads.values())

@@ -58,7 +58,11 @@ class Opaque:
     # torch.library with its fake kernels as graph ops: tried on torch 2.13
     @cached_property
     def _defined(self) -> tuple[Any, OpOverload]:
-        library, known, me = torch.library.Library(_NAMESPACE, "FRAGMENT"), torch.ops.functitan_regions, weakref.ref(self)
+        library, known, me = (
+            torch.library.Library(_NAMESPACE, "FRAGMENT"),
+            torch.ops.functitan_regions,
+            weakref.ref(self),
+        )
         shapes = [(x.shape, x.stride(), x.dtype, x.device) for x in self.results]
 
         def fake(xs: list[Tensor]) -> list[Tensor]:
@@ -102,7 +106,11 @@ def views(node: Node) -> bool:
     """Whether an op gives, or may give, a view of its one tensor."""
     if node.op != "call_function" or not isinstance(node.target, OpOverload):
         return False
-    return node.target.is_view or node.target in (aten._unsafe_view.default, aten.reshape.default, aten.contiguous.default)
+    return node.target.is_view or node.target in (
+        aten._unsafe_view.default,
+        aten.reshape.default,
+        aten.contiguous.default,
+    )
 
 
 def _output(program: Program) -> Node:

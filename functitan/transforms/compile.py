@@ -26,12 +26,13 @@ from functitan.transforms.closures import closed_over
 def compile(fn: Callable[..., Any], *, skip: Sequence[str] = (), backend: str = "inductor") -> Compiled:
     """`fn` as a region that is captured and compiled once, forward and backward, and called by every layer.
 
-    Made at the first call, and again for other structures, shapes, strides, dtypes, static values, meshes and rules, or
-    where other arguments are differentiated: 32 equal layers compile as fast as one. Works in eager, under reverse-mode
-    transforms (`ft.value_and_grad`, `torch.func.vjp`), and inside `ft.jit`, whose graph then holds one op for each call.
-    Arguments and results are trees; leaves that are no tensors are static. Backward keeps what autograd would keep, less
-    what elementwise ops make again; `ft.compile(ft.remat(fn))` keeps the arguments. `compiled.regions` are those made.
-    `skip` turns passes off by name, and `backend` is "inductor" or "graph", as in `ft.jit`.
+    Made at the first call, and again for other structures, shapes, strides, dtypes, static values, meshes and rules,
+    or where other arguments are differentiated: 32 equal layers compile as fast as one. Works in eager, under
+    reverse-mode transforms (`ft.value_and_grad`, `torch.func.vjp`), and inside `ft.jit`, whose graph then holds one op
+    for each call. Arguments and results are trees; leaves that are no tensors are static; results are new tensors.
+    Backward keeps what autograd would keep, less what elementwise ops make again; `ft.compile(ft.remat(fn))` keeps the
+    arguments. `compiled.regions` are those made. `skip` turns passes off by name, and `backend` is "inductor" or
+    "graph", as in `ft.jit`.
 
     Raises `CaptureError`, with the line, for what a graph cannot hold, as `ft.jit` does; `FunctitanError` for forward
     mode, for a second derivative, under vmap, and for a differentiated tensor that `fn` closes over.
