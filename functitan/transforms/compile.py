@@ -77,9 +77,8 @@ class Compiled:
             _check(self, env)
         static = tuple(_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves)
         its = _Call(self, env, structure, static, wanted, [])
-        found = _Forward.apply(its, *tensors) if transforms_active() or wanted else _forward(its, tensors)
+        left = iter(_Forward.apply(its, *tensors))
         others, shape = its.region.result
-        left = iter(found)
         return tree.unflatten(shape, [next(left) if x is _TENSOR else x for x in others])
 
     @property
@@ -102,12 +101,6 @@ class _Call:
     @property
     def region(self) -> Region:
         return self.found[0]
-
-
-def _forward(its: _Call, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    xs = tuple(x.detach() for x in tensors)
-    its.found[:] = [_region(its, xs)]
-    return call(its.region.forward, xs, its.env)
 
 
 def _region(its: _Call, xs: tuple[Tensor, ...]) -> Region:
@@ -147,7 +140,9 @@ def _made(its: _Call, xs: tuple[Tensor, ...], made_for: tuple[Any, ...]) -> Regi
 class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(its: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        return _forward(its, tensors)
+        xs = tuple(x.detach() for x in tensors)
+        its.found[:] = [_region(its, xs)]
+        return call(its.region.forward, xs, its.env)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
