@@ -5,7 +5,8 @@
     torchrun --nproc-per-node=2 examples/train_llm.py --mesh fsdp=2           # two processes
     python examples/train_llm.py --data allenai/c4:en --encoding gpt2         # any Hugging Face dataset, any encoding
 
-Writes metrics.jsonl and loss.png into --out, and prints a sample of what the model has learned to write.
+Writes metrics.jsonl and loss.png into --out, and prints a sample of what the model has learned to write. With
+--profile also trace.json, of the third step, for https://ui.perfetto.dev, and prints where its time went.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -48,11 +50,15 @@ def train(mesh, args) -> list[float]:
 
     report = reporter(args, config, declared, mesh)
     losses, cursor = [], ft.data.Cursor()
-    for _ in range(args.steps):
+    for i in range(args.steps):
         batch, cursor = stream.next_batch(cursor)
         batch = ft.tree.map(lambda x: x.to(args.device), batch)
-        state, metrics = step(state, ft.shard(batch, ft.data.BATCH, mesh=mesh, rules=rules))
-        losses.append(metrics["loss"].item())
+        seen = args.profile and i == 2 and is_first(mesh)  # the first steps are slower
+        with ft.profile(Path(args.out) / "trace.json") if seen else nullcontext() as profile:
+            state, metrics = step(state, ft.shard(batch, ft.data.BATCH, mesh=mesh, rules=rules))
+            losses.append(metrics["loss"].item())
+        if profile is not None:
+            print(f"step {i + 1}, in {profile.path}:\n{profile.breakdown}")
         report(losses, cursor)
     report(losses, cursor, text=sample(state.params, config, stream.encoding, args, mesh))
     return losses
@@ -73,8 +79,7 @@ def sample(params, config, encoding, args, mesh) -> str:
 
 def reporter(args, config, declared, mesh):
     """A function that shows and stores the progress: on the first rank only."""
-    first = mesh is None or ft.as_mesh(mesh).rank == 0
-    if not first:
+    if not is_first(mesh):
         return lambda losses, cursor, text=None: None
     ranks = 1 if mesh is None or args.simulate else mesh.size()
     flops = ft.metrics.flops_per_token(declared, config.num_layers, config.num_heads, config.head_dim, args.seq)
@@ -113,6 +118,10 @@ def reporter(args, config, declared, mesh):
     return report
 
 
+def is_first(mesh) -> bool:
+    return mesh is None or ft.as_mesh(mesh).rank == 0
+
+
 def plot(losses: list[float], path: Path) -> None:
     """The loss of every step, and its running mean."""
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -148,6 +157,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sample", type=int, default=200, help="tokens of the sample at the end")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--profile", action="store_true", help="write a chrome trace of the third step")
     parser.add_argument("--out", default="runs/llama", help="folder for metrics.jsonl and loss.png")
     return parser.parse_args()
 

@@ -28,6 +28,7 @@ from functitan.ops.norm import layer_norm, rms_norm
 from functitan.ops.rearrange import rearrange
 from functitan.ops.reduce import broadcast, reduce
 from functitan.param import Param
+from functitan.profiling import profile
 from functitan.sharding.context import as_mesh, record, spmd
 from functitan.sharding.distributed import make_mesh
 from functitan.sharding.explain import explain
@@ -93,6 +94,7 @@ __all__ = [
     "optim",
     "parse_axes",
     "precision",
+    "profile",
     "random",
     "rearrange",
     "record",

@@ -21,7 +21,7 @@ from functitan.errors import FunctitanError, check_function, report
 from functitan.optim import ClipState, GradientTransformation, apply_updates, loss_scale
 from functitan.optim.finite import check_policy, guarded
 from functitan.optim.transform import check_transformations
-from functitan.sharding.context import as_mesh, current, spmd, using
+from functitan.sharding.context import as_mesh, current, spmd, using, within
 from functitan.sharding.init import check_declarations, init
 from functitan.sharding.layout import table_of
 from functitan.sharding.mesh import Mesh
@@ -161,7 +161,7 @@ def train_step(
 
         old, policy = (state.params, state.opt_state), nonfinite if scale is None else "ignore"
         with using(current()._replace(phase="update")), torch.no_grad():
-            new, skipped = guarded(policy, loss, grads, state.step, old, update, donate)
+            new, skipped = within("update", guarded, policy, loss, grads, state.step, old, update, donate)
         metrics = {"loss": loss, "count": count, **_norms(new[1]), **({} if aux is None else {"aux": aux}), **skipped}
         metrics |= {} if scale is None else {"loss_scale": scale}
         params, opt_state = _renewed(old, new, state.step) if donate else new
@@ -173,8 +173,8 @@ def train_step(
         check_donated(donated, "ft.train_step: the state")
         outer = current().mesh
         inner = checked(run) if _due(check, outer or state.mesh, seen) else run
-        new, metrics = (inner if outer is not None else spmd(inner, mesh=state.mesh, rules=state.rules))(state, batch)
-        return new, metrics
+        inner = inner if outer is not None else spmd(inner, mesh=state.mesh, rules=state.rules)
+        return within("train_step", inner, state, batch)
 
     return step
 

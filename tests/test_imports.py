@@ -25,7 +25,7 @@ LAYERS = [
     ["ops", "ops.*", "capture", "capture.*"],
     ["nn", "nn.*", "transforms", "transforms.*"],
     ["models", "models.*", "pipeline", "pipeline.*", "optim", "optim.*"],
-    ["checkpoint", "data", "data.*", "metrics"],
+    ["checkpoint", "data", "data.*", "metrics", "breakdown", "profiling"],
     ["train", "testing", "testing.*"],
 ]
 STRANGERS = [{"nn", "transforms"}]  # packages that do not import each other

@@ -65,7 +65,7 @@ def attention(
     if env.mesh is None:
         _check_heads(pattern, q.shape[-2], k.shape[-2])
         mask = _mask(own, own, causal, q, 0, k.shape[-3])
-        return _sdpa(q, k, v, mask, causal and mask is None, scale, env)
+        return _sdpa(q, k, v, mask, causal and mask is None, scale, env, label)
     return _sharded(axes, kv_axes, q, k, v, own, causal, scale, env, label)
 
 
@@ -114,7 +114,7 @@ def _sharded(
     of_rows = _Marks(*(None if x is None else _to(marks_axes, x, rows, env, label) for x in marks))
     of_columns = _Marks(*(None if x is None else _to(marks_axes, x, columns, env, label) for x in marks))
     mask = _mask(of_rows, of_columns, causal, q, first, k.shape[-3], everywhere=bool(lq.of(seq)))
-    out = _sdpa(q, k, v, mask, causal and mask is None, scale, env)
+    out = _sdpa(q, k, v, mask, causal and mask is None, scale, env, label)
     typed = Contraction((Type(axes, layout=work),), (Type(axes),), (Term(0, (0,)),), ())  # type: ignore[arg-type]
     return contract(typed, (out,), env, label)[0]
 
@@ -173,7 +173,18 @@ def _mask(
     return None if seen is None else seen.unsqueeze(-3) if seen.dim() > 2 else seen
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None, env: Env) -> Tensor:
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None, env: Env, label: Label
+) -> Tensor:
+    if not env.profiled:
+        return _kernel(q, k, v, mask, causal, scale, env)
+    with env.span(*label):
+        return _kernel(q, k, v, mask, causal, scale, env)
+
+
+def _kernel(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None, env: Env
+) -> Tensor:
     q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
     grouped = q.shape[-3] != k.shape[-3]
     if not needs_higher_derivatives(env):

@@ -65,8 +65,10 @@ def contract(
     seen = env.taps is not None or env.memo is not None  # taps see the backward of every op, too
     plain = chosen.is_local and reduction == "sum" and not seen
     if plain and _transposes_locally(full, env, fixed):
-        values = tuple(cast(x, compute) for x in tensors)
-        return tuple(_local(typed, chosen, r, values, made[r]) for r in range(len(typed.results)))
+        if not env.profiled:
+            return _locals(typed, chosen, tensors, compute, made)
+        with env.span(*label):
+            return _locals(typed, chosen, tensors, compute, made)
     static = Static(typed, full, chosen, label, reduction, fixed, tuple(x.dtype for x in tensors), compute, made)
     linear = all(len(term.operands) == 1 for term in typed.terms)
     return apply(Call(_LINEAR if linear else _PRODUCT, env, static, *hidden), *tensors)
@@ -192,6 +194,13 @@ def _used(typed: Contraction) -> tuple[Contraction, list[int], list[int]]:
     terms = tuple(Term(results.index(t.result), tuple(operands.index(i) for i in t.operands)) for t in typed.terms)
     kept = tuple(typed.operands[i] for i in operands), tuple(typed.results[r] for r in results)
     return Contraction(*kept, terms, typed.sizes), results, operands
+
+
+def _locals(
+    typed: Contraction, chosen: Plan, tensors: tuple[Tensor, ...], compute: torch.dtype | None, made: Dtypes
+) -> tuple[Tensor, ...]:
+    values = tuple(cast(x, compute) for x in tensors)
+    return tuple(_local(typed, chosen, r, values, made[r]) for r in range(len(typed.results)))
 
 
 def _local(typed: Contraction, chosen: Plan, r: int, tensors: tuple[Tensor, ...], dtype: torch.dtype | None) -> Tensor:

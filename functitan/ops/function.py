@@ -176,14 +176,20 @@ def _run(call: Call, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Run an op on plain shards; the one place where all do, and so where taps see them and remat stores them."""
     env = call.env
     if env.memo is None:
-        results = tuple(call.op.run(call, *tensors))
+        results = _computed(call, tensors)
     else:
-        compute = lambda: tuple(call.op.run(call, *tensors))
-        results = env.memo.results(call, tensors, compute, call.op.name == NAME)
+        results = env.memo.results(call, tensors, lambda: _computed(call, tensors), call.op.name == NAME)
     if env.taps is not None:
         sent = 0 if env.ledger is None else len(env.ledger)
         env.taps.entries.append(Tap(call, tuple(y.clone() for y in results), sent))
     return results
+
+
+def _computed(call: Call, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    if not call.env.profiled:
+        return tuple(call.op.run(call, *tensors))
+    with call.env.span(*getattr(call.static, "label", (call.op.name, ""))):
+        return tuple(call.op.run(call, *tensors))
 
 
 class _NamedOp(torch.autograd.Function):

@@ -6,7 +6,9 @@ named reductions. Scale and bias are named ops, so that their gradients are summ
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from functitan.ops.function import vmaps_around
 from functitan.ops.operands import Operand, check_operands
 from functitan.ops.reduce import broadcast, reduce
 from functitan.ops.types import Type, layout_here
-from functitan.sharding.context import current, using
+from functitan.sharding.context import OFF, current, using
 from functitan.sharding.precision import widened
 from functitan.sharding.steps import Label
 
@@ -39,8 +41,10 @@ def rms_norm(pattern: str, x: Tensor, scale: Tensor, *, eps: float = 1e-5) -> Te
     if _holds_rows(axes, own, x):
         x = widened(x, current().precision)
         if current().mesh is None:
-            return functional.rms_norm(x, scale.shape, scale.to(dtype).to(x.dtype), eps).to(dtype)
-        normal = functional.rms_norm(x, x.shape[-1:], eps=eps)
+            with _span("rms_norm", pattern):
+                return functional.rms_norm(x, scale.shape, scale.to(dtype).to(x.dtype), eps).to(dtype)
+        with _span("rms_norm", pattern):
+            normal = functional.rms_norm(x, x.shape[-1:], eps=eps)
     else:
         high = x if x.dtype == torch.float64 else x.float()
         normal = _kept(high * _spread(axes, own, torch.rsqrt(_mean(axes, own, high * high) + eps)), dtype)
@@ -64,8 +68,10 @@ def layer_norm(pattern: str, x: Tensor, scale: Tensor, bias: Tensor | None = Non
         x = widened(x, current().precision)
         if current().mesh is None:
             of = lambda y: None if y is None else y.to(dtype).to(x.dtype)
-            return functional.layer_norm(x, scale.shape, of(scale), of(bias), eps).to(dtype)
-        normal = functional.layer_norm(x, x.shape[-1:], eps=eps)
+            with _span("layer_norm", pattern):
+                return functional.layer_norm(x, scale.shape, of(scale), of(bias), eps).to(dtype)
+        with _span("layer_norm", pattern):
+            normal = functional.layer_norm(x, x.shape[-1:], eps=eps)
     else:
         high = x if x.dtype == torch.float64 else x.float()
         centred = high - _spread(axes, own, _mean(axes, own, high))
@@ -73,6 +79,11 @@ def layer_norm(pattern: str, x: Tensor, scale: Tensor, bias: Tensor | None = Non
         normal = _kept(centred * _spread(axes, own, inverse), dtype)
     scaled = normal * _wide(axes, own, scale).to(normal.dtype)
     return (scaled if bias is None else scaled + _wide(axes, own, bias).to(normal.dtype)).to(dtype)
+
+
+def _span(op: str, pattern: str) -> AbstractContextManager[Any]:
+    env = current()
+    return env.span(op, pattern) if env.profiled else OFF
 
 
 def _dtype(x: Tensor) -> torch.dtype:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 from torch.distributed.device_mesh import DeviceMesh
+from torch.profiler import record_function
 
 from functitan.errors import MeshError, check_function, report
 from functitan.sharding.distributed import mesh_of
 from functitan.sharding.layout import Layout, layout_of
-from functitan.sharding.ledger import Entry, Ledger, Taps
+from functitan.sharding.ledger import Entry, Ledger, Taps, span_name
 from functitan.sharding.memo import Memo
 from functitan.sharding.mesh import Mesh, MeshSizes, Transport
 from functitan.sharding.precision import Precision
@@ -43,6 +44,7 @@ class Env(NamedTuple):
     precision: Precision | None = None  # none: dtypes are left as they are
     capture: Capture | None = None  # of the program that is being captured
     memo: Memo | None = None  # what remat stores, or has stored, of the function that runs
+    profiled: bool = False  # ops, collectives and phases name their spans for `ft.profile`
 
     def layout(self, axes: tuple[str, ...]) -> Layout:
         """The layout of a pattern here; only where there is a mesh."""
@@ -57,11 +59,16 @@ class Env(NamedTuple):
             return self
         return self._replace(mesh=_ALONE, rules=_nothing_sharded(axes, tuple(name for _, name in self.vmap_axes)))
 
-    def note(self, collective: str, dims: tuple[str, ...], nbytes: int, dtype: Any, op: str, pattern: str) -> None:
-        """Enter one collective into the ledger, if there is one."""
-        if self.ledger is not None:
-            entry = Entry(collective, dims, nbytes, dtype, self.phase, self.recomputed, op, pattern)
-            self.ledger.entries.append(entry)
+    def span(self, op: str, pattern: str) -> AbstractContextManager[Any]:
+        """The span of an op in a trace; asked for only where `profiled`, since it takes microseconds."""
+        return record_function(span_name(op, pattern, self.phase, self.recomputed))
+
+    def entry(self, collective: str, dims: tuple[str, ...], nbytes: int, dtype: Any, op: str, pattern: str) -> Entry:
+        """What a collective here enters into a ledger."""
+        return Entry(collective, dims, nbytes, dtype, self.phase, self.recomputed, op, pattern)
+
+
+OFF: AbstractContextManager[Any] = nullcontext()  # instead of a span, where no profile is on
 
 
 @functools.cache
@@ -84,6 +91,14 @@ def current() -> Env:
     """The surroundings of the caller."""
     env = _CURRENT.get()
     return env._replace(line=user_line()) if env.checked else env
+
+
+def within(name: str, fn: Callable[..., Any], *args: Any) -> Any:
+    """`fn(*args)`, as a span of this name where a profile is on."""
+    if not _CURRENT.get().profiled:
+        return fn(*args)
+    with record_function(name):
+        return fn(*args)
 
 
 @contextmanager

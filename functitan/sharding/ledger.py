@@ -37,6 +37,22 @@ class Entry(NamedTuple):
     op: str
     pattern: str
 
+    @property
+    def name(self) -> str:
+        """What a trace of `ft.profile` calls it.
+
+        >>> Entry("all_gather", ("fsdp",), 8, torch.float32, "backward", False, "einsum", "a b, b c -> a c").name
+        'all_gather[fsdp] einsum a b, b c -> a c (backward)'
+        """
+        dims = ",".join(self.mesh_dims)
+        return f"{self.collective}[{dims}] {span_name(self.op, self.pattern, self.phase, self.recomputed)}"
+
+
+def span_name(op: str, pattern: str, phase: str, recomputed: bool) -> str:
+    """How a trace calls an op, or what asks for a collective; torch writes plain ASCII alone."""
+    where = ("" if phase == "forward" else f" ({phase})") + (" again" if recomputed else "")
+    return f"{op} {pattern}".strip().encode("ascii", "replace").decode() + where
+
 
 class Ledger:
     """Entries in the order of execution; `peak_bytes` is the most memory alive at once where it was measured."""

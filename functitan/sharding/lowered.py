@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from functitan.sharding.context import within
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.traced import OWN, Collective, collective_of, emit, is_collective, options_of
 
@@ -49,13 +50,14 @@ def _first_user(node: Node) -> Node:
 
 
 def _called(graph: GraphModule, its: Collective, mesh: Mesh) -> Node:
-    call = partial(_run, mesh=mesh, its=its._replace(x=None))
+    call = partial(_run, mesh=mesh, its=its._replace(x=None), name=its.entry().name)
     call.__name__ = its.kind  # type: ignore[attr-defined]  # a graph's printed code wants one
     return graph.graph.call_function(call, (its.x,))
 
 
-def _run(x: Tensor, mesh: Mesh, its: Collective) -> Tensor:
-    return getattr(mesh.transport, its.kind)(x, its.mesh_dims, *options_of(its), (its.op, its.pattern))
+def _run(x: Tensor, mesh: Mesh, its: Collective, name: str) -> Tensor:
+    send = partial(getattr(mesh.transport, its.kind), x, its.mesh_dims, *options_of(its), (its.op, its.pattern))
+    return within(name, send)
 
 
 def _started(graph: Graph, its: Collective, mesh: Mesh) -> Node:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from functitan.sharding.context import Env
 from functitan.sharding.ledger import FORMULAS
@@ -145,8 +146,13 @@ def send(kind: str, x: Tensor, dims: Dims, env: Env, label: Label, *options: Any
         detail = str(options[0]) if options else ""
         place = env.capture.place(env.mesh)
         return collective(x, kind, place, n, " ".join(dims), detail, *label, env.phase, env.recomputed)
-    env.note(kind, dims, FORMULAS[kind](x.numel() * x.element_size(), n), x.dtype, *label)
+    entry = env.entry(kind, dims, FORMULAS[kind](x.numel() * x.element_size(), n), x.dtype, *label)
+    if env.ledger is not None:
+        env.ledger.entries.append(entry)
     if env.checked:
         program = describe("-".join(map(str, (kind, *options))), dims, tuple(x.shape), x.dtype, label)
         env.mesh.transport.agree(f"runs {program} in {env.phase}" + (f" at {env.line}" if env.line else ""))
-    return getattr(env.mesh.transport, kind)(x, dims, *options, label)
+    if not env.profiled:
+        return getattr(env.mesh.transport, kind)(x, dims, *options, label)
+    with record_function(entry.name):
+        return getattr(env.mesh.transport, kind)(x, dims, *options, label)

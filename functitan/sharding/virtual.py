@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from functitan.errors import CollectiveError, MeshError, check_function, report
-from functitan.sharding.context import current, using
+from functitan.sharding.context import current, using, within
 from functitan.sharding.mesh import Mesh, MeshSizes, Transport, mesh_sizes
 from functitan.sharding.program import describe, disagree, waited
 from functitan.sharding.rules import Dims
@@ -63,7 +63,7 @@ def _run(fn: Callable[..., Any], sizes: MeshSizes, timeout: float, args: tuple, 
         env = current() if rank == 0 else current()._replace(ledger=None)
         try:
             with using(env), torch.set_grad_enabled(grad):
-                results[rank] = fn(mesh, *args, **kwargs)
+                results[rank] = within(f"rank {rank}", functools.partial(fn, mesh, *args, **kwargs))
             table.leave(rank)
         except BaseException as error:
             table.leave(rank, error)

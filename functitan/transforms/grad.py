@@ -15,7 +15,7 @@ from torch import Tensor
 from functitan import tree
 from functitan.errors import FunctitanError, check_function, report
 from functitan.ops.function import transforms_active
-from functitan.sharding.context import Env, current, using
+from functitan.sharding.context import Env, current, using, within
 
 Argnums = int | Sequence[int]
 
@@ -67,11 +67,11 @@ def add_gradients(
             return value, aux, [total + g.to(total.dtype) for total, g in zip(sums, grads, strict=True)]
         with torch.enable_grad():
             inputs = [leaf.detach().requires_grad_() for leaf in leaves]
-            out = fn(*map(_AddInto.apply, inputs, sums))
+            out = within("forward", fn, *map(_AddInto.apply, inputs, sums))
             _check_value(out, True)
             value, aux = out
         if value.requires_grad:
-            torch.autograd.grad(value, inputs, allow_unused=True)  # unused: what the sums took went no further
+            within("backward", _gradients, value, inputs)  # what the sums took went no further
         return value.detach(), _detached(aux), sums
 
 
@@ -161,24 +161,29 @@ class _AddInto(torch.autograd.Function):
 def _outermost(flat: Callable[..., Any], leaves: list[Tensor]) -> tuple[Tensor, Any, list[Tensor]]:
     with torch.enable_grad():
         inputs = [leaf.detach().requires_grad_() for leaf in leaves]
-        value, aux = flat(*inputs)
+        value, aux = within("forward", flat, *inputs)
     if not value.requires_grad:
         return value.detach(), _detached(aux), [torch.zeros_like(leaf) for leaf in leaves]
-    grads = torch.autograd.grad(value, inputs, allow_unused=True)
+    grads = within("backward", _gradients, value, inputs)
     filled = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True)]
     return value.detach(), _detached(aux), filled
+
+
+def _gradients(value: Tensor, inputs: list[Tensor]) -> tuple[Tensor | None, ...]:
+    return torch.autograd.grad(value, inputs, allow_unused=True)
 
 
 def _nested(flat: Callable[..., Any], leaves: list[Tensor]) -> tuple[Tensor, Any, list[Tensor]]:
     kept: list[Any] = []  # torch.func lets only tensors out
 
     def split(*values: Tensor) -> tuple[Tensor, list[Tensor]]:
-        value, aux = flat(*values)
+        value, aux = within("forward", flat, *values)
         others, structure = tree.flatten(aux)
         kept[:] = [others, structure]
         return value, [x for x in others if isinstance(x, Tensor)]
 
-    grads, (value, tensors) = torch.func.grad_and_value(split, argnums=tuple(range(len(leaves))), has_aux=True)(*leaves)
+    both = torch.func.grad_and_value(split, argnums=tuple(range(len(leaves))), has_aux=True)
+    grads, (value, tensors) = within("forward and backward", both, *leaves)
     others, structure = kept
     left = iter(tensors)
     aux = tree.unflatten(structure, [next(left) if isinstance(x, Tensor) else x for x in others])

@@ -21,7 +21,7 @@ from functitan.capture.passes.table import chosen_passes, run_passes
 from functitan.capture.trace import Program, trace
 from functitan.errors import CaptureError, report
 from functitan.ops.function import transforms_active
-from functitan.sharding.context import Env, current
+from functitan.sharding.context import Env, current, within
 from functitan.sharding.ledger import Entry
 from functitan.transforms.donate import check_donated, mark_donated
 
@@ -68,6 +68,11 @@ class Jitted:
     _known: list[_Compiled] = field(default_factory=list, repr=False)  # the one used last comes first
     _lock: Any = field(default_factory=threading.Lock, repr=False)  # threads of a virtual mesh share it
 
+    @property
+    def what(self) -> str:
+        """What errors and traces call it."""
+        return f"ft.jit of {getattr(self.fn, '__qualname__', self.fn)}"
+
     def __call__(self, *args: Any) -> Any:
         env = current()
         if env.capture is not None:  # a part of a larger capture
@@ -77,7 +82,7 @@ class Jitted:
         if env.ledger is not None:
             env.ledger.entries += found.entries
             env.ledger.notes += [note for note in found.program.notes() if note not in env.ledger.notes]
-        return _call(found, args, leaves)
+        return within(self.what, _call, found, args, leaves) if env.profiled else _call(found, args, leaves)
 
     def graph(self, *args: Any) -> GraphModule:
         """The graph, after the passes, that a call with these arguments runs."""
@@ -85,7 +90,7 @@ class Jitted:
         return self._find(args, leaves, structure, current()).program.graph
 
     def _find(self, args: Any, leaves: list[Any], structure: Any, env: Env) -> _Compiled:
-        where = env._replace(ledger=None, taps=None)
+        where = env._replace(ledger=None, taps=None, profiled=False)
         found = next((one for one in tuple(self._known) if one.fits(leaves, structure, where)), None)
         if found is None:
             found = _capture(self, args, leaves, structure, where)
@@ -120,7 +125,7 @@ class _Compiled(NamedTuple):
 
 
 def _capture(jitted: Jitted, args: Any, leaves: list[Any], structure: Any, env: Env) -> _Compiled:
-    what = f"ft.jit of {getattr(jitted.fn, '__qualname__', jitted.fn)}"
+    what = jitted.what
     places = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
     tensors = tuple(leaves[i] for i in places)
     _check(jitted, args, tensors, what)
