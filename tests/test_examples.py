@@ -54,10 +54,8 @@ def test_train_llm_has_the_same_losses_in_each_way_to_run_it(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", script]
     plain = run([sys.executable, script], tmp_path / "plain")
     virtual = run([sys.executable, script, "--mesh", "fsdp=2,tp=2", "--simulate", "--profile"], tmp_path / "virtual")
-    names = {
-        event.get("name") for event in json.loads((tmp_path / "virtual" / "trace.json").read_text())["traceEvents"]
-    }
-    assert {"forward", "backward", "update"} <= names
+    trace = json.loads((tmp_path / "virtual" / "trace.json").read_text())
+    assert {"forward", "backward", "update"} <= {event.get("name") for event in trace["traceEvents"]}
     processes = run([*torchrun, "--mesh", "fsdp=2"], tmp_path / "processes")
     for losses in (virtual, processes):
         torch.testing.assert_close(losses, plain, rtol=1e-4, atol=0)  # float32 sums in other orders
