@@ -200,7 +200,8 @@ def _locals(
     typed: Contraction, chosen: Plan, tensors: tuple[Tensor, ...], compute: torch.dtype | None, made: Dtypes
 ) -> tuple[Tensor, ...]:
     values = tuple(cast(x, compute) for x in tensors)
-    return tuple(_local(typed, chosen, r, values, made[r]) for r in range(len(typed.results)))
+    results = [_local(typed, chosen, r, values, made[r]) for r in reversed(range(len(typed.results)))]
+    return tuple(reversed(results))  # so that autograd adds their cotangents in the order of `_run`
 
 
 def _local(typed: Contraction, chosen: Plan, r: int, tensors: tuple[Tensor, ...], dtype: torch.dtype | None) -> Tensor:

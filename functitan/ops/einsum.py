@@ -62,10 +62,11 @@ def _products(signature: Signature, tensors: tuple[Tensor, ...]) -> tuple[Tensor
     if len(signature.results) == 1:
         return (product(signature.operands, signature.results[0], tensors),)
     terms = terms_of(len(tensors), len(signature.results))
-    return tuple(
+    results = [
         product(tuple(signature.operands[i] for i in term.operands), result, tuple(tensors[i] for i in term.operands))
-        for term, result in zip(terms, signature.results, strict=True)
-    )
+        for term, result in reversed(list(zip(terms, signature.results, strict=True)))
+    ]
+    return tuple(reversed(results))  # autograd adds the cotangent of what came last first; the named op: of the first
 
 
 @cache
