@@ -1,0 +1,46 @@
+"""Wrappers and passes, alone and in pairs, leave losses and gradients as they are: a part of the benchmark's table."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import functitan as ft
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import combinations as table  # type: ignore[import-not-found]
+
+ALONE = [(name,) for name in table.WRAPPERS if name != "jit inductor"]  # which tests of ft.jit compile
+
+
+def wrong(cells) -> dict:
+    return {names: str(cell) for names, cell in cells.items() if not cell.right}
+
+
+def test_every_wrapper_leaves_losses_and_gradients_unchanged():
+    assert wrong(table.wrappers(None, ALONE)) == {}
+
+
+def test_every_wrapper_does_so_on_a_mesh():
+    on_ranks = ft.simulate(fsdp=2)(lambda mesh: table.wrappers(mesh, [names for names in ALONE if names != ("jit",)]))()
+    assert wrong(table.worst(on_ranks)) == {}
+
+
+def test_every_pass_and_pair_of_passes_does_so_on_a_mesh():
+    on_ranks = ft.simulate(fsdp=2)(lambda mesh: table.passes(mesh, table.pass_sets()))()
+    assert len(on_ranks[0]) == 1 + 2 * (len(table.PASSES) + len(list(table.combinations(table.PASSES, 2)))) + 1
+    assert wrong(table.worst(on_ranks)) == {}
+
+
+@pytest.mark.parametrize("value", [1.1, torch.nan])
+def test_a_cell_that_differs_is_wrong(value):
+    one = torch.ones(3)
+    assert table.difference([one], [one]) == 0.0
+    assert table.Cell(table.difference([one * value], [one]), 0.0, table.CLOSE).right is False
+    assert "WRONG" in str(table.Cell(table.difference([one * value], [one]), 0.0, table.CLOSE))
+    assert table.Cell(0.0, table.difference([one + 1e-7], [one]), 0.0).right is False
+    assert table.Cell(0.0, table.difference([one + 1e-7], [one]), table.CLOSE).right
+    assert table.worst([{(): table.Cell(0.0, 0.0, 1.0)}, {(): table.Cell(0.0, torch.nan, 1.0)}])[()].right is False
