@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 import functitan as ft
+from functitan.capture import products
 from functitan.capture.compile import compiled
 from functitan.capture.passes.bucket import period
 from functitan.capture.passes.table import PASSES, run_passes
@@ -102,7 +103,8 @@ def test_a_period_is_found_where_a_sequence_repeats_itself():
 
 def test_a_graph_without_collectives_is_untouched():
     program, _ = gradients_of_llama(None)
-    communicating = tuple(name for name in PASSES if name not in ("merge_equal", "remove_dead", "keep_gathered"))
+    computing = "merge_equal", "remove_dead", "keep_gathered", "compute_again"
+    communicating = tuple(name for name in PASSES if name not in computing)
     changed = after(program, communicating)
     assert [str(node) for node in changed.graph.graph.nodes] == [str(node) for node in program.graph.graph.nodes]
 
@@ -183,6 +185,63 @@ def test_a_sum_that_something_else_needs_whole_is_reduced_whole():
         return [collective_of(node).kind for node in graph.graph.nodes if is_collective(node)]
 
     assert ft.simulate(dp=2)(on_each_rank)() == [["all_reduce"]] * 2
+
+
+def gated(layers: int, rows: int = 64):
+    """Gradients of gated MLPs, and their operands."""
+
+    def fn(ws, x):
+        for gate, up, down in ws:
+            x = x + (torch.nn.functional.silu(x @ gate) * (x @ up)) @ down
+        return (x * x).sum()
+
+    make = torch.Generator().manual_seed(0)
+    sizes = (8, 32), (8, 32), (32, 8)
+    return ft.grad(fn), (
+        [[0.1 * torch.randn(n, generator=make) for n in sizes] for _ in range(layers)],
+        torch.ones(rows, 8),
+    )
+
+
+def test_elementwise_values_are_made_again_where_they_are_read_far_away():
+    fn, args = gated(6)
+    peak = lambda *skip: ft.explain(ft.jit(fn, backend="graph", skip=skip), *args, mesh={}, rules=RULES).peak_bytes
+    value = 4 * 64 * 32  # bytes of one silu; the last is alive in either case
+    assert peak() <= peak("compute_again") - 5 * value
+    plain, again = (ft.jit(fn, backend="graph", skip=skip)(*args) for skip in (["compute_again"], []))
+    assert all(torch.equal(x, y) for x, y in zip(ft.tree.leaves(plain), ft.tree.leaves(again), strict=True))
+
+
+def test_what_would_have_to_be_kept_for_it_is_not_made_again():
+    def fn(x, w):  # the sum is read by a product, and by an op beyond it; its parts are not alive there
+        y = x.tanh() + x.cos()
+        return (y @ w).tanh() + y
+
+    graph = ft.jit(fn, backend="graph").graph(torch.ones(4, 4), torch.ones(4, 4)).graph
+    assert [node.target for node in graph.nodes].count(torch.ops.aten.cos.default) == 1
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("shape", [(5, 7, 3), (1, 1, 1), (64, 33, 48)], ids=str)
+def test_products_by_onednn_are_products(shape, turned):
+    n, k, m = shape
+    make = torch.Generator().manual_seed(0)
+    x, w = torch.randn(n, k, generator=make), torch.randn((m, k) if turned else (k, m), generator=make)
+    w = w.t() if turned else w
+    found = torch.ops.functitan.product(x, w)
+    # float32: the rounding of k sums in an order of its own
+    torch.testing.assert_close(found.double(), x.double() @ w.double(), atol=1e-5, rtol=1e-5)
+    assert torch.ops.functitan.product(x.to("meta"), w.to("meta")).shape == found.shape
+
+
+def test_only_products_that_onednn_does_faster_are_its_own(monkeypatch):
+    monkeypatch.setattr(products, "_helps", lambda: True)
+    fn, args = gated(1)
+    graph = products.choose_products(ft.jit(fn, backend="graph").graph(*args))
+    targets = [str(node.target) for node in graph.graph.nodes]
+    assert targets.count("functitan.product.default") == 6  # forward, and cotangents of activations
+    assert targets.count("aten.mm.default") == 3  # xᵀ g, of weights
 
 
 def test_peak_memory_grows_by_little_more_than_a_block_for_each_pass():

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._guards import TracingContext, tracing
 from torch.fx import GraphModule, Node
 
+from functitan.capture.products import choose_products
 from functitan.capture.trace import Program
 from functitan.sharding.lowered import lower_collectives
 
@@ -79,12 +80,11 @@ def _interpreted(graph: GraphModule) -> Run:
 def _inductor(graph: GraphModule, program: Program) -> Run:
     from torch._inductor import config  # two seconds to import
     from torch._inductor.compile_fx import compile_fx_inner
-    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 
     mode = program.inputs[0].fake_mode if program.inputs else None  # type: ignore[attr-defined]
     keep_order = config.patch(reorder_for_locality=False, reorder_for_peak_memory=False)  # passes place collectives
     with tracing(TracingContext(mode)), keep_order:
-        found = compile_fx_inner(joint_graph_passes(graph), list(program.inputs))
+        found = compile_fx_inner(choose_products(graph), list(program.inputs))
 
     def run(xs: list[Tensor]) -> list[Any]:
         return list(found(xs))

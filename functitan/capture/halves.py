@@ -12,10 +12,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
-from functitan.capture.opaque import views
+from functitan.capture.kinds import elementwise, views
 from functitan.capture.trace import Program, trace
 from functitan.errors import CaptureError, report
 from functitan.sharding.context import current, using
@@ -130,12 +129,12 @@ def _kept(read: list[Node], at: dict[Node, int]) -> tuple[list[Node], list[Node]
     """What to save so that backward can read `read`, and what it makes again of that, both in order."""
     kept, again = set(), set()
     for node in read:  # views, and what is made of no tensor, are never saved
-        _descend(node, kept, again, lambda x: views(x) or (not x.all_input_nodes and _elementwise(x)))
+        _descend(node, kept, again, lambda x: views(x) or (not x.all_input_nodes and elementwise(x)))
     for node in sorted(kept, key=at.__getitem__, reverse=True):
         rest, chain = kept - {node}, set()
         ends: set[Node] = set()
-        if _elementwise(node):
-            _descend(node, ends, chain, lambda x, rest=rest: x not in rest and _elementwise(x))
+        if elementwise(node):
+            _descend(node, ends, chain, lambda x, rest=rest: x not in rest and elementwise(x))
             if ends <= rest and len(chain - again) <= CHAIN:
                 kept, again = rest, again | chain
     return sorted(kept, key=at.__getitem__), sorted(again, key=at.__getitem__)
@@ -151,13 +150,3 @@ def _descend(node: Node, ends: set[Node], passed: set[Node], free: Callable[[Nod
         elif x not in passed:
             passed.add(x)
             open_ += x.all_input_nodes
-
-
-def _elementwise(node: Node) -> bool:
-    """Whether an op computes so little that to do it again costs less than to keep what it gave."""
-    if views(node):
-        return True
-    if node.op != "call_function" or not isinstance(node.target, OpOverload):
-        return node.op == "get_attr"
-    tags, random = node.target.tags, torch.Tag.nondeterministic_seeded
-    return random not in tags and (torch.Tag.pointwise in tags or not node.all_input_nodes)

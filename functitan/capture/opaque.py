@@ -19,6 +19,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from functitan.capture.compile import Run, compiled
+from functitan.capture.kinds import views
 from functitan.capture.trace import Program, one_at_a_time, unseen
 from functitan.sharding.context import Env
 from functitan.sharding.traced import emit
@@ -100,17 +101,6 @@ def call(callee: Opaque, xs: Sequence[Tensor], env: Env) -> tuple[Tensor, ...]:
         env.ledger.entries += callee.program.entries()
         env.ledger.notes += [note for note in callee.program.notes() if note not in env.ledger.notes]
     return tuple(callee.called(xs))
-
-
-def views(node: Node) -> bool:
-    """Whether an op gives, or may give, a view of its one tensor."""
-    if node.op != "call_function" or not isinstance(node.target, OpOverload):
-        return False
-    return node.target.is_view or node.target in (
-        aten._unsafe_view.default,
-        aten.reshape.default,
-        aten.contiguous.default,
-    )
 
 
 def _output(program: Program) -> Node:

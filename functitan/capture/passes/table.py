@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from functitan.capture.passes.again import compute_again
 from functitan.capture.passes.bucket import bucket_collectives
 from functitan.capture.passes.common import merge_equal
 from functitan.capture.passes.dead import remove_dead
@@ -19,6 +20,7 @@ PASSES: dict[str, Callable[[Program], Program]] = {
     "keep_gathered": keep_gathered,
     "scatter_reductions": scatter_reductions,
     "merge_reductions": merge_reductions,
+    "compute_again": compute_again,
     "remove_dead": remove_dead,
     "bucket_collectives": bucket_collectives,
     "overlap": overlap,
