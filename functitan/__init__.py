@@ -6,6 +6,7 @@ from functitan import metrics, models, nn, optim, random, testing, tree
 from functitan.axes import parse_axes
 from functitan.errors import (
     CaptureError,
+    CheckpointError,
     CollectiveError,
     DonatedError,
     FunctitanError,
@@ -36,7 +37,8 @@ from functitan.sharding.init import init
 from functitan.sharding.launch import launch
 from functitan.sharding.rules import AxisRules
 from functitan.sharding.virtual import simulate
-from functitan.train import TrainState, train_step
+from functitan.state import TrainState
+from functitan.train import train_step
 from functitan.transforms import remat_policies
 from functitan.transforms.accumulate import accumulate
 from functitan.transforms.checked import check_equal, checked
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AxisRules",
     "CaptureError",
+    "CheckpointError",
     "CollectiveError",
     "DonatedError",
     "FunctitanError",

@@ -46,6 +46,10 @@ class CaptureError(FunctitanError):
     """A function that cannot be captured as a graph, or not with the meaning it has."""
 
 
+class CheckpointError(FunctitanError):
+    """A checkpoint that cannot be written, is not whole, or is not of this state."""
+
+
 class CollectiveError(RuntimeError):
     """A collective that another rank did not join: it failed, left, or ran a different program."""
 

@@ -8,78 +8,27 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from functitan import random, tree
 from functitan.errors import FunctitanError, check_function, report
 from functitan.optim import ClipState, GradientTransformation, apply_updates, loss_scale
 from functitan.optim.finite import check_policy, guarded
 from functitan.optim.transform import check_transformations
-from functitan.sharding.context import as_mesh, current, spmd, using, within
-from functitan.sharding.init import check_declarations, init
-from functitan.sharding.layout import table_of
+from functitan.sharding.context import current, spmd, using, within
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.rules import AxisRules
+from functitan.state import TrainState
 from functitan.transforms.accumulate import accumulate as over_microbatches
 from functitan.transforms.checked import check_step, checked
 from functitan.transforms.donate import check_donated, mark_donated
 from functitan.transforms.grad import value_and_grad
 from functitan.transforms.loss import count_of, split_loss
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """Parameters, optimizer state, step and key: one tree of this rank's shards. Static: declarations, mesh and rules.
-
-    >>> import functitan as ft
-    >>> state = TrainState.create({"w": ft.Param("embed mlp", (2, 3))}, ft.optim.sgd(0.1), ft.random.key(0))
-    >>> state.params["w"].shape, int(state.step)
-    (torch.Size([2, 3]), 0)
-    """
-
-    params: tree.Tree
-    opt_state: tree.Tree
-    step: Any  # int64, 0-d
-    key: Any  # int64 [2]
-    declarations: tree.Tree
-    mesh: Mesh | None = None
-    rules: AxisRules | None = None
-
-    @staticmethod
-    def create(
-        declarations: tree.Tree,
-        tx: GradientTransformation,
-        key: Tensor,
-        *,
-        mesh: Mesh | DeviceMesh | None = None,
-        rules: AxisRules | None = None,
-    ) -> TrainState:
-        """Initial parameters and optimizer state on this rank; the step folds its number into `key` for randomness.
-
-        The optimizer state is what `tx.init(declarations)` declares: a tree of `Param`.
-        """
-        known = as_mesh(mesh)
-        check_transformations("ft.TrainState.create", {"tx": tx})
-        check_declarations(declarations, key, known, rules, "ft.TrainState.create")
-        _check_tables(declarations)
-        of_optimizer = tx.init(declarations)
-        check_declarations(of_optimizer, key, known, rules, "ft.TrainState.create: the optimizer state")
-        of_params, of_steps = random.split(key)
-        params = init(declarations, of_params, mesh=known, rules=rules)
-        step = torch.zeros((), dtype=torch.int64, device=key.device)
-        opt_state = init(of_optimizer, of_params, mesh=known, rules=rules)
-        return TrainState(params, opt_state, step, of_steps, declarations, known, rules)
-
-    @staticmethod
-    def declare(declarations: tree.Tree, tx: GradientTransformation, key: Tensor) -> TrainState:
-        """The state as declarations: every leaf of params and optimizer state a `Param`. What `ft.explain` takes."""
-        return TrainState(declarations, tx.init(declarations), torch.zeros((), dtype=torch.int64), key, declarations)
 
 
 def train_step(
@@ -201,17 +150,6 @@ def _norms(opt_state: Any) -> dict[str, Tensor]:
     return next((norms for norms in inside if norms), {})
 
 
-def _check_tables(declarations: tree.Tree) -> None:
-    own = [
-        f"{path} has rules of its own"
-        for path, leaf in zip(tree.paths(declarations), tree.leaves(declarations), strict=True)
-        if table_of(leaf, None) is not None
-    ]
-    if own:
-        fix = "only optimizer state may be stored under another table than the program's: optim.stored(tx, rules=...)"
-        raise FunctitanError(report("ft.TrainState.create: the parameters", own, fix))
-
-
 def _check_state(state: Any, tx: GradientTransformation, known: list[Any]) -> None:
     if not isinstance(state, TrainState):
         raise FunctitanError(
@@ -237,21 +175,3 @@ def _renewed(old: tree.Tree, new: tree.Tree, step: Any) -> tree.Tree:
 
 def _number(step: Any) -> str:
     return str(int(step)) if type(step) is Tensor else "?"
-
-
-@dataclass(frozen=True)
-class _Static:
-    """Declarations as static data, which a structure compares."""
-
-    tree: tree.Tree
-
-
-tree.register(
-    TrainState,
-    lambda state: (
-        (state.params, state.opt_state, state.step, state.key),
-        (_Static(state.declarations), state.mesh, state.rules),
-        ("params", "opt_state", "step", "key"),
-    ),
-    lambda static, children: TrainState(*children, declarations=static[0].tree, mesh=static[1], rules=static[2]),
-)

@@ -80,6 +80,16 @@ def map_with_path(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     return map(fn, names, tree, *rest)
 
 
+def map_nodes(fn: Callable[[Any], Tree], kind: type, tree: Tree) -> Tree:
+    """`tree` with `fn` of each node of a kind in its place.
+
+    >>> map_nodes(len, tuple, {"a": (1, 2), "b": 3})
+    {'a': 2, 'b': 3}
+    """
+    is_kind = lambda x: isinstance(x, kind)
+    return optree.tree_map(lambda x: fn(x) if is_kind(x) else x, tree, is_leaf=is_kind, namespace=NAMESPACE)
+
+
 def broadcast_prefix(prefix: Tree, tree: Tree, what: str = "prefix") -> list[Any]:
     """The leaves of `prefix` once for each leaf of `tree` below them: `None` in a prefix is a leaf here.
 

@@ -25,7 +25,7 @@ LAYERS = [
     ["ops", "ops.*", "capture", "capture.*"],
     ["nn", "nn.*", "transforms", "transforms.*"],
     ["models", "models.*", "pipeline", "pipeline.*", "optim", "optim.*"],
-    ["checkpoint", "data", "data.*", "metrics", "breakdown", "profiling"],
+    ["checkpoint", "checkpoint.*", "data", "data.*", "metrics", "breakdown", "profiling", "module", "state"],
     ["train", "testing", "testing.*"],
 ]
 STRANGERS = [{"nn", "transforms"}]  # packages that do not import each other
