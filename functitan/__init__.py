@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from functitan import metrics, models, nn, optim, random, testing, tree
+from functitan import checkpoint, metrics, models, nn, optim, random, testing, tree
 from functitan.axes import parse_axes
 from functitan.errors import (
     CaptureError,
@@ -73,6 +73,7 @@ __all__ = [
     "broadcast",
     "check_equal",
     "checked",
+    "checkpoint",
     "checkpoint_name",
     "compile",
     "constrain",

@@ -1,0 +1,161 @@
+"""The files of a checkpoint, on a local path or an fsspec URL.
+
+Invariant: a checkpoint is complete or invisible. Locally all is written and synced in a hidden directory, which is then
+renamed; elsewhere the file of checksums comes last, and without it there is no checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, BinaryIO, NamedTuple, cast
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from functitan.errors import CheckpointError, report
+
+CHECKSUMS = "checksums.json"  # written last
+HIDDEN = ".partial"
+
+
+class Place(NamedTuple):
+    """A directory: its file system, its path there, and the text that named it."""
+
+    fs: Any  # fsspec's AbstractFileSystem
+    path: str
+    name: str
+
+    @property
+    def local(self) -> bool:
+        return isinstance(self.fs, LocalFileSystem)
+
+    def child(self, name: str) -> Place:
+        return Place(self.fs, f"{self.path}/{name}", f"{self.name.rstrip('/')}/{name}")
+
+
+def locate(path: str | os.PathLike) -> Place:
+    """The directory that a local path or a URL such as "s3://bucket/run" names."""
+    fs, root = fsspec.core.url_to_fs(os.fspath(path))
+    return Place(fs, root.rstrip("/"), str(path))
+
+
+def hidden(place: Place) -> Place:
+    """Where the files of a checkpoint are written before it is complete."""
+    if not place.local:
+        return place
+    parent, _, name = place.path.rpartition("/")
+    return Place(place.fs, f"{parent}/.{name}{HIDDEN}", place.name)
+
+
+def is_complete(place: Place) -> bool:
+    """True if there is a whole checkpoint."""
+    place.fs.invalidate_cache()
+    return place.fs.exists(f"{place.path}/{CHECKSUMS}")
+
+
+def is_empty(place: Place) -> bool:
+    """True if nothing is there, or a directory with nothing in it."""
+    return not place.fs.exists(place.path) or (place.fs.isdir(place.path) and not place.fs.ls(place.path))
+
+
+def publish(place: Place) -> None:
+    """Make the hidden directory the checkpoint, whatever happens to the machine afterwards."""
+    if place.local:
+        sync(hidden(place).path)
+        os.rename(hidden(place).path, place.path)
+        sync(os.path.dirname(place.path))
+
+
+def remove(place: Place) -> None:
+    """Remove a directory; first of all what makes it a checkpoint."""
+    with suppress(FileNotFoundError):
+        if place.local:
+            if is_complete(place):
+                os.rename(place.path, hidden(place).path)
+                place = hidden(place)
+        else:
+            place.fs.rm(f"{place.path}/{CHECKSUMS}")
+    with suppress(FileNotFoundError):
+        place.fs.rm(place.path, recursive=True)
+
+
+@contextmanager
+def writing(place: Place, name: str) -> Iterator[BinaryIO]:
+    """A file to write to, on the disk when the body ends."""
+    path = f"{place.path}/{name}"
+    if not place.local:
+        with place.fs.open(path, "wb") as stream:
+            yield stream
+        return
+    with open(path, "wb") as stream:
+        yield stream
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def write(place: Place, name: str, data: bytes) -> None:
+    """A small file, which is there whole or not at all."""
+    if not place.local:
+        place.fs.pipe_file(f"{place.path}/{name}", data)
+        return
+    with writing(place, f".{name}.new") as stream:
+        stream.write(data)
+    os.replace(f"{place.path}/.{name}.new", f"{place.path}/{name}")
+
+
+def read(place: Place, name: str) -> bytes:
+    """A small file."""
+    return place.fs.cat_file(f"{place.path}/{name}")
+
+
+def opened(place: Place, name: str) -> BinaryIO:
+    """A file to read parts of."""
+    return cast(BinaryIO, open(f"{place.path}/{name}", "rb") if place.local else place.fs.open(f"{place.path}/{name}"))
+
+
+def size_of(place: Place, name: str) -> int | None:
+    """Its size in bytes; `None` if it is not there."""
+    try:
+        return place.fs.size(f"{place.path}/{name}")
+    except FileNotFoundError:
+        return None
+
+
+def sealed(content: Any) -> bytes:
+    """JSON behind a line with its checksum.
+
+    >>> unsealed(sealed({"a": [1]}))
+    {'a': [1]}
+    """
+    text = json.dumps(content).encode()
+    return f"{zlib.crc32(text):08x}\n".encode() + text
+
+
+def unsealed(data: bytes) -> Any:
+    """What was sealed; `None` for a file that is damaged."""
+    head, _, text = data.partition(b"\n")
+    return json.loads(text) if head == f"{zlib.crc32(text):08x}".encode() else None
+
+
+@contextmanager
+def clear_errors(what: str, fix: str) -> Iterator[None]:
+    """A file system's error as a `CheckpointError`."""
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        problem = f"{error.strerror or error or type(error).__name__}{where}"
+        raise CheckpointError(report(what, [problem], fix)) from error
+
+
+def sync(directory: str) -> None:
+    """Put a directory's entries on the disk."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

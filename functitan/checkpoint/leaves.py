@@ -1,0 +1,110 @@
+"""What the leaves of a tree of shards are: each one's path, global shape and dtype, and how it lies on a mesh.
+
+Invariant: a leaf is known by its path, and its block of the global value follows from its pattern; nothing is asked of
+other ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from functitan import tree
+from functitan.errors import FunctitanError, LayoutError, MeshError, report
+from functitan.param import Param
+from functitan.sharding.context import as_mesh
+from functitan.sharding.layout import Layout, block_of, check_leaves, global_shape
+from functitan.sharding.mesh import Mesh
+from functitan.sharding.rules import AxisRules
+from functitan.state import TrainState
+
+Block = tuple[slice, ...]
+SCALARS = (bool, int, float, str)
+
+
+class Leaf(NamedTuple):
+    """One leaf. `shape` is global; without it, the leaf is a Python scalar; without `layout`, whole on every rank."""
+
+    path: str
+    value: Any  # this rank's shard, its declaration, or a scalar
+    shape: tuple[int, ...] | None
+    dtype: torch.dtype | None
+    layout: Layout | None
+
+    def block(self, mesh: Mesh | None) -> Block:
+        """The part of the global shape that this rank holds."""
+        assert self.shape is not None
+        if mesh is None or self.layout is None:
+            return tuple(slice(0, size) for size in self.shape)
+        return block_of(self.layout, self.shape, mesh)
+
+
+def leaves_of(
+    what: str,
+    values: tree.Tree,
+    patterns: tree.Tree,
+    mesh: Mesh | DeviceMesh | None,
+    rules: AxisRules | None,
+) -> tuple[list[Leaf], Mesh | None]:
+    """The leaves of a tree of shards or of declarations, and the mesh they lie on.
+
+    A leaf's pattern is that of `patterns` (a tree or a prefix), else its declaration: the leaf itself, or what a
+    `TrainState` around it keeps. Mesh and rules are those given, else those of a `TrainState` in the tree.
+    Raises errors that list every leaf of a kind that no checkpoint holds, or that does not fit its pattern.
+    """
+    states: list[TrainState] = []
+    described = tree.leaves(tree.map_nodes(lambda state: _noted(states, state), TrainState, values))
+    paths, found = tree.paths(values), tree.leaves(values)
+    given = [None] * len(found) if patterns is None else tree.broadcast_prefix(patterns, values, f"{what}: patterns")
+    if len(described) != len(found):
+        raise FunctitanError(report(what, ["a TrainState has no declarations of its optimizer state"], _FIX_STATE))
+    known = next((state.mesh for state in states if state.mesh is not None), None) if mesh is None else as_mesh(mesh)
+    table = next((state.rules for state in states if state.rules is not None), None) if rules is None else rules
+    if known is not None and not isinstance(table, AxisRules):
+        raise MeshError(report(what, [f"rules is {table!r}"], "give a table: rules=ft.AxisRules({...})"))
+    bad = [
+        f"{path or 'the value'} is a {type(x).__name__}"
+        for path, x in zip(paths, found, strict=True)
+        if not isinstance(x, (Tensor, Param, *SCALARS))
+    ]
+    if bad:
+        raise FunctitanError(report(what, bad, "a checkpoint holds tensors, and scalars: bool, int, float, str"))
+    declared = [
+        pattern if pattern is not None else own if isinstance(own, Param) else None
+        for pattern, own in zip(given, described, strict=True)
+    ]
+    shapes = [tuple(x.shape) if isinstance(x, (Tensor, Param)) else None for x in found]
+    layouts: list[Layout | None] = [None] * len(found)
+    if known is not None:
+        assert table is not None
+        known_shapes = list(zip(paths, declared, [shape or () for shape in shapes], strict=True))
+        layouts = check_leaves(what, known_shapes, table, known.sizes, shapes_are_local=True)
+        shapes = [
+            shape if layout is None or isinstance(x, Param) else global_shape(layout, shape or (), known.sizes)
+            for x, shape, layout in zip(found, shapes, layouts, strict=True)
+        ]
+        check_leaves(what, zip(paths, declared, [s or () for s in shapes], strict=True), table, known.sizes)
+    _check_shapes(what, paths, declared, shapes)
+    dtypes = [getattr(x, "dtype", None) for x in found]
+    return [Leaf(*each) for each in zip(paths, found, shapes, dtypes, layouts, strict=True)], known
+
+
+def _noted(states: list[TrainState], state: TrainState) -> TrainState:
+    states.append(state)
+    return state.declared()
+
+
+def _check_shapes(what: str, paths: list[str], declared: list[Any], shapes: list[Any]) -> None:
+    problems = [
+        f"{path}: {pattern!r}, and the shards make {shape}"
+        for path, pattern, shape in zip(paths, declared, shapes, strict=True)
+        if isinstance(pattern, Param) and shape != pattern.shape
+    ]
+    if problems:
+        raise LayoutError(report(what, problems, "give the mesh and the rules that the tensors lie under"))
+
+
+_FIX_STATE = "make it by ft.TrainState.create, or by ft.TrainState.declare"

@@ -1,0 +1,202 @@
+"""`ft.checkpoint.restore`: a checkpoint as a tree of shards on any mesh, under any rules.
+
+Invariant: a rank reads the stored blocks that meet its own shards, one at a time, and holds no other part of a tensor.
+Every byte that it uses has been held against its checksum.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import zlib
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from functitan import tree
+from functitan.checkpoint import files
+from functitan.checkpoint.dcp import METADATA, Entry, Item, entries_of, unpacked
+from functitan.checkpoint.files import (
+    CHECKSUMS,
+    Place,
+    clear_errors,
+    unsealed,
+)
+from functitan.checkpoint.leaves import Block, Leaf, leaves_of
+from functitan.checkpoint.save import together
+from functitan.errors import CheckpointError, report
+from functitan.sharding.mesh import Mesh
+from functitan.sharding.rules import AxisRules
+from functitan.state import TrainState
+
+Checksums = dict[tuple[str, int], int]
+
+
+def restore(
+    path: str | os.PathLike,
+    like: tree.Tree,
+    *,
+    patterns: tree.Tree = None,
+    mesh: Mesh | DeviceMesh | None = None,
+    rules: AxisRules | None = None,
+    device: torch.device | str | None = None,
+    partial: bool = False,
+) -> tree.Tree:
+    """The tree of a checkpoint, each leaf this rank's shard on a mesh that need not be the one it was saved on.
+
+    `like` has the structure that was saved, and in it shards, declarations (`Param`) or scalars, of which only shape
+    and dtype count: a `TrainState`, or `ft.TrainState.declare(...)`, which allocates nothing. `patterns`, `mesh` and
+    `rules` are those to restore under, as in `save`; a `TrainState` comes back with them. `device` is by default that
+    of the first tensor in `like`. With `partial`, the checkpoint may have leaves that `like` does not have.
+
+    Raises `CheckpointError` on every rank: if there is no whole checkpoint, if a file is damaged, and if leaves differ
+    in path, shape or dtype; it lists each.
+
+    >>> import tempfile
+    >>> from functitan.checkpoint.save import save
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(f"{folder}/first", {"w": torch.ones(2), "step": 7})
+    ...     restore(f"{folder}/first", {"w": torch.empty(2), "step": 0})
+    {'w': tensor([1., 1.]), 'step': 7}
+    """
+    what = f"ft.checkpoint.restore from {os.fspath(path)}"
+    leaves, known = leaves_of(what, like, patterns, mesh, rules)
+    first = next((leaf.value for leaf in leaves if isinstance(leaf.value, Tensor)), None)
+    device = device or ("cpu" if first is None else first.device)
+
+    def work() -> list[Any]:
+        place = files.locate(path)
+        with clear_errors(what, _FIX_DAMAGED):
+            entries, checksums = _index(what, place)
+            _check_same(what, leaves, entries, partial)
+            return _read(what, place, leaves, entries, checksums, known, torch.device(device))
+
+    values = together(known, f"restored {os.fspath(path)}", work)
+    placed = lambda state: replace(state, mesh=known, rules=rules or state.rules)
+    return tree.map_nodes(placed, TrainState, tree.unflatten(tree.flatten(like)[1], values))
+
+
+class _Use(NamedTuple):
+    """What a stored item is read for: a part of it, and where that goes."""
+
+    item: Item
+    to: Tensor | None  # no tensor: a scalar
+    source: Block
+    target: Block
+    leaf: int
+
+
+def _index(what: str, place: Place) -> tuple[dict[str, Entry], Checksums]:
+    """The entries of a checkpoint whose files are all there, in full length."""
+    if not files.is_complete(place):
+        raise CheckpointError(report(what, ["there is no complete checkpoint"], "look for others beside it"))
+    seal = unsealed(files.read(place, CHECKSUMS))
+    if seal is None:
+        raise CheckpointError(report(what, [f"{CHECKSUMS} is damaged"], _FIX_DAMAGED))
+    problems = []
+    for file, size in seal["files"].items():
+        there = files.size_of(place, file)
+        if there is None:
+            problems.append(f"{file} is missing")
+        elif there != size:
+            problems.append(f"{file} has {there} bytes, {size} were written")
+    if problems:
+        raise CheckpointError(report(what, problems, _FIX_DAMAGED))
+    checksums = {(file, start): crc for file, start, _, crc in seal["items"]}
+    metadata = files.read(place, METADATA)
+    if zlib.crc32(metadata) != checksums[METADATA, 0]:
+        raise CheckpointError(report(what, [f"{METADATA} is damaged: its checksum differs"], _FIX_DAMAGED))
+    return entries_of(metadata), checksums
+
+
+def _check_same(what: str, leaves: list[Leaf], entries: dict[str, Entry], partial: bool) -> None:
+    problems = []
+    for leaf in leaves:
+        entry = entries.get(leaf.path)
+        mine = _described(leaf.shape, leaf.dtype)
+        if entry is None:
+            problems.append(f"{leaf.path} {mine} is not in the checkpoint")
+        elif (leaf.shape, leaf.dtype) != (entry.shape, entry.dtype):
+            problems.append(f"{leaf.path} is {mine}, in the checkpoint {_described(entry.shape, entry.dtype)}")
+    if not partial:
+        known = {leaf.path for leaf in leaves}
+        problems += [
+            f"{path} {_described(entry.shape, entry.dtype)} is only in the checkpoint"
+            for path, entry in entries.items()
+            if path not in known
+        ]
+    if problems:
+        raise CheckpointError(report(what, problems, _FIX_OTHER))
+
+
+def _read(
+    what: str,
+    place: Place,
+    leaves: list[Leaf],
+    entries: dict[str, Entry],
+    checksums: Checksums,
+    mesh: Mesh | None,
+    device: torch.device,
+) -> list[Any]:
+    values: list[Any] = []
+    uses: list[_Use] = []
+    for leaf in leaves:
+        block = leaf.block(mesh) if leaf.shape is not None else ()
+        value = None
+        if leaf.shape is not None:
+            value = torch.empty([part.stop - part.start for part in block], dtype=leaf.dtype, device=device)
+        needed = [_use(item, value, block, len(values)) for item in entries[leaf.path].items]
+        uses += [use for use in needed if use is not None]
+        covered = sum(math.prod(p.stop - p.start for p in use.target) for use in needed if use is not None)
+        assert value is None or covered == value.numel(), f"{leaf.path}: blocks cover {covered} of {value.numel()}"
+        values.append(value)
+    problems = []
+    uses.sort(key=lambda use: (use.item.file, use.item.start))
+    stream, name = None, ""
+    try:
+        for use in uses:
+            if stream is None or name != use.item.file:
+                if stream is not None:
+                    stream.close()
+                stream, name = files.opened(place, use.item.file), use.item.file
+            stream.seek(use.item.start)
+            data = stream.read(use.item.length)
+            if zlib.crc32(data) != checksums.get((name, use.item.start)):
+                problems.append(f"{name} is damaged: the checksum of {use.item.path} at byte {use.item.start} differs")
+            elif use.to is None:
+                values[use.leaf] = unpacked(data)
+            else:
+                use.to[use.target] = unpacked(data)[use.source].to(use.to.device)
+    finally:
+        if stream is not None:
+            stream.close()
+    if problems:
+        raise CheckpointError(report(what, problems, _FIX_DAMAGED))
+    return values
+
+
+def _use(item: Item, to: Tensor | None, block: Block, leaf: int) -> _Use | None:
+    """How an item meets a rank's block of its leaf; `None` if it does not."""
+    if item.offsets is None:
+        return _Use(item, None, (), (), leaf)
+    source, target = [], []
+    for start, size, mine in zip(item.offsets, item.sizes, block, strict=True):
+        low, high = max(start, mine.start), min(start + size, mine.stop)
+        if low >= high:
+            return None
+        source.append(slice(low - start, high - start))
+        target.append(slice(low - mine.start, high - mine.start))
+    return _Use(item, to, tuple(source), tuple(target), leaf)
+
+
+def _described(shape: tuple[int, ...] | None, dtype: torch.dtype | None) -> str:
+    return "a scalar" if shape is None else f"{shape} {str(dtype).removeprefix('torch.')}"
+
+
+_FIX_DAMAGED = "restore an earlier checkpoint, and remove this one"
+_FIX_OTHER = (
+    "give like= the structure that was saved: the same model, optimizer and dict around them; partial=True takes a part"
+)

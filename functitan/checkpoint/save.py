@@ -1,0 +1,95 @@
+"""`ft.checkpoint.save`: a tree of shards as one checkpoint in the format of torch.distributed.checkpoint.
+
+Invariant: a rank writes its shards and nothing more; no tensor is gathered. What `save` returns from is on the disk.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from torch.distributed.device_mesh import DeviceMesh
+
+from functitan import tree
+from functitan.checkpoint.files import Place, clear_errors, hidden, is_complete, is_empty, locate, remove
+from functitan.checkpoint.leaves import leaves_of
+from functitan.checkpoint.write import Part, part_of, write_part
+from functitan.errors import CheckpointError, CollectiveError, report
+from functitan.sharding.mesh import Mesh
+from functitan.sharding.rules import AxisRules
+
+TIMEOUT_S = 600.0
+
+
+def save(
+    path: str | os.PathLike,
+    state: tree.Tree,
+    *,
+    patterns: tree.Tree = None,
+    mesh: Mesh | DeviceMesh | None = None,
+    rules: AxisRules | None = None,
+    timeout: float = TIMEOUT_S,
+) -> None:
+    """Write this rank's part of a tree, together with all other ranks of its mesh, to the new directory `path`.
+
+    `state` is a tree of this rank's shards and of bool, int, float and str, such as {"train": a `TrainState`, "cursor":
+    a `Cursor`}. `path` is a local path or an fsspec URL; ranks in several processes need a file system they share.
+    `patterns` is a tree or a prefix of patterns and `Param`s (`None`: equal on every rank); `TrainState`s know their
+    own, and their mesh and rules. `timeout` in seconds ends the wait for a rank that does not write.
+
+    The directory is there once it is whole, and torch's own tools read it (`dcp_to_torch_save`): keys are the leaves'
+    paths. Raises `CheckpointError` on every rank if one cannot write, or if there is such a checkpoint already.
+
+    >>> import tempfile, torch
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(f"{folder}/first", {"w": torch.ones(2, 3), "step": 7})
+    ...     sorted(os.listdir(f"{folder}/first"))
+    ['.metadata', '__0_0.distcp', 'checksums.json']
+    """
+    place, part = begin(path, state, patterns, mesh, rules)
+    write_part(place, part, timeout)
+
+
+def begin(
+    path: str | os.PathLike,
+    state: tree.Tree,
+    patterns: tree.Tree,
+    mesh: Mesh | DeviceMesh | None,
+    rules: AxisRules | None,
+) -> tuple[Place, Part]:
+    """All that ranks must agree on before they write: an empty hidden directory, and who writes what."""
+    what = f"ft.checkpoint.save to {os.fspath(path)}"
+    leaves, known = leaves_of(what, state, patterns, mesh, rules)
+    place = locate(path)
+
+    def clear() -> None:
+        if is_complete(place) or (place.local and not is_empty(place)):
+            raise CheckpointError(report(what, ["it is there already"], "choose another path, or remove it"))
+
+    def make() -> None:
+        if known is None or known.rank == 0:
+            with clear_errors(what, "choose a directory that can be written"):
+                remove(hidden(place))  # of a run that was killed
+                place.fs.makedirs(hidden(place).path, exist_ok=True)
+
+    together(known, f"is about to save {place.name}", clear)
+    together(known, f"saves {place.name}", make)
+    return place, part_of(leaves, known)
+
+
+def together(mesh: Mesh | None, does: str, work: Callable[[], Any]) -> Any:
+    """`work()` on every rank: returns once all have done it, raises on all if one cannot."""
+    try:
+        result = work()
+    except Exception as error:
+        if mesh is not None:
+            mesh.transport.agree(f"fails: {error}", wait=False)
+        raise
+    if mesh is not None:
+        try:
+            mesh.transport.agree(does)
+        except CollectiveError as error:
+            problems = [line.strip(" -") for line in str(error).splitlines() if "Fix:" not in line]
+            raise CheckpointError(report(f"rank {mesh.rank} {does}", problems, "see the rank that failed")) from error
+    return result

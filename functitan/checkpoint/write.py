@@ -1,0 +1,188 @@
+"""The writing of a checkpoint: each rank its own file, then rank 0 what makes them one.
+
+Invariant: ranks meet in the files alone. What runs here sends no message, so it may run on another thread than the
+training, and a rank that fails, or is killed, leaves no checkpoint behind.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import zlib
+from collections.abc import Iterable
+from contextlib import suppress
+from io import BytesIO
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from functitan.checkpoint.dcp import METADATA, Entry, Item, metadata_of, packed, pieces
+from functitan.checkpoint.files import (
+    CHECKSUMS,
+    Place,
+    clear_errors,
+    hidden,
+    is_complete,
+    publish,
+    read,
+    remove,
+    sealed,
+    unsealed,
+    write,
+    writing,
+)
+from functitan.checkpoint.leaves import Leaf
+from functitan.errors import CheckpointError, report
+from functitan.sharding.mesh import Mesh
+
+
+class Part(NamedTuple):
+    """What one rank writes: blocks as (path, offsets, tensor or scalar), and what all leaves are."""
+
+    rank: int
+    world: int
+    blocks: list[tuple[str, tuple[int, ...] | None, Any]]
+    leaves: list[tuple[str, tuple[int, ...] | None, Any]]  # (path, global shape, dtype)
+
+
+def part_of(leaves: list[Leaf], mesh: Mesh | None) -> Part:
+    """The blocks of this rank that no other rank writes: of equal shards, each leaf's have a writer in turn."""
+    rank, world = (mesh.rank, math.prod(mesh.sizes.sizes)) if mesh is not None else (0, 1)
+    blocks = []
+    for number, leaf in enumerate(leaves):
+        if not _writes(leaf, mesh, number):
+            continue
+        if leaf.shape is None:
+            blocks.append((leaf.path, None, leaf.value))
+        else:
+            blocks.append((leaf.path, tuple(part.start for part in leaf.block(mesh)), leaf.value))
+    return Part(rank, world, blocks, [(leaf.path, leaf.shape, leaf.dtype) for leaf in leaves])
+
+
+def write_part(place: Place, part: Part, timeout: float) -> None:
+    """Write this rank's file and wait until the checkpoint is complete.
+
+    Raises `CheckpointError` on every rank if one of them cannot write; nothing is left then.
+    """
+    try:
+        with clear_errors(f"writing the checkpoint {place.name}", _FIX_WRITE):
+            record = _write_blocks(hidden(place), part)
+            write(hidden(place), _record_name(part.rank), sealed(record))
+            if part.rank == 0:
+                _complete(place, part, timeout)
+    except CheckpointError as error:
+        _give_up(place, part.rank, error)
+        raise
+    if part.rank:
+        _wait(place, part, timeout)
+
+
+def _writes(leaf: Leaf, mesh: Mesh | None, number: int) -> bool:
+    if mesh is None:
+        return True
+    sharded = () if leaf.layout is None else tuple(dim for dims in leaf.layout.dims for dim in dims)
+    rest = tuple(dim for dim in mesh.sizes.dims if dim not in sharded)
+    turn = (number + mesh.index(sharded)) % mesh.sizes.size(rest)
+    return mesh.index(rest) == turn
+
+
+def _write_blocks(place: Place, part: Part) -> dict[str, Any]:
+    """This rank's file; what stands where in it."""
+    name, buffer, items = f"__{part.rank}_0.distcp", BytesIO(), []
+    with writing(place, name) as stream:
+        start = 0
+        for path, offsets, block in part.blocks:
+            for at, piece in pieces(offsets or (), block) if isinstance(block, Tensor) else [(None, block)]:
+                data = packed(piece, buffer)
+                sizes = tuple(piece.shape) if isinstance(piece, Tensor) else ()
+                items.append(Item(path, at, sizes, name, start, len(data), zlib.crc32(data)))
+                stream.write(data)
+                start += len(data)
+                data.release()
+    return {"file": name, "size": start, "items": items}
+
+
+def _complete(place: Place, part: Part, timeout: float) -> None:
+    records = _records(hidden(place), part.world, timeout)
+    entries = {path: Entry(shape, dtype, []) for path, shape, dtype in part.leaves}
+    files, checksums = {}, []
+    for record in records:
+        files[record["file"]] = record["size"]
+        for path, offsets, sizes, *at in record["items"]:
+            entries[path].items.append(Item(path, offsets, sizes, *at))
+            checksums.append(at)
+    for path, (shape, _, items) in entries.items():
+        stored = sum(math.prod(item.sizes) for item in items)
+        assert stored == (1 if shape is None else math.prod(shape)), f"{path}: ranks wrote {stored} of {shape}"
+    metadata = metadata_of(entries)
+    write(hidden(place), METADATA, metadata)
+    files[METADATA] = len(metadata)
+    checksums.append([METADATA, 0, len(metadata), zlib.crc32(metadata)])
+    write(hidden(place), CHECKSUMS, sealed({"files": files, "items": checksums}))
+    publish(place)
+    for rank in range(part.world):
+        with suppress(OSError):
+            place.fs.rm(f"{place.path}/{_record_name(rank)}")
+
+
+def _records(place: Place, world: int, timeout: float) -> list[Any]:
+    """What every rank has written, once they have."""
+    found: dict[int, Any] = {}
+    for _ in _polls(timeout):
+        for rank in range(world):
+            if rank not in found:
+                place.fs.invalidate_cache()
+                with suppress(FileNotFoundError):
+                    found[rank] = unsealed(read(place, _record_name(rank)))
+        failed = [f"rank {rank}: {record['error']}" for rank, record in found.items() if "error" in record]
+        if failed:
+            raise CheckpointError(report(f"writing the checkpoint {place.name}", failed, _FIX_WRITE))
+        if len(found) == world:
+            return [found[rank] for rank in range(world)]
+    absent = [
+        f"rank {rank} has not written its part within {timeout:g} s" for rank in range(world) if rank not in found
+    ]
+    raise CheckpointError(report(f"writing the checkpoint {place.name}", absent, "look for a rank that ended"))
+
+
+def _wait(place: Place, part: Part, timeout: float) -> None:
+    """Until rank 0 has made all parts one checkpoint: then, and if it gave up, this rank's record is gone."""
+    record = f"{hidden(place).path}/{_record_name(part.rank)}"
+    what = f"writing the checkpoint {place.name}"
+    for _ in _polls(timeout):
+        place.fs.invalidate_cache()
+        if not place.fs.exists(record):
+            if not is_complete(place):
+                raise CheckpointError(report(what, ["another rank failed to write its part"], "see its error"))
+            return
+    raise CheckpointError(report(what, [f"rank 0 did not finish within {timeout:g} s"], "look why rank 0 waits"))
+
+
+def _give_up(place: Place, rank: int, error: CheckpointError) -> None:
+    """Tell rank 0, which removes everything; where not even that can be written, remove it here."""
+    lines = [line.removeprefix("  - ") for line in str(error).splitlines() if line.startswith("  - ")]
+    with suppress(OSError):
+        if rank:
+            with suppress(OSError):
+                place.fs.rm(f"{hidden(place).path}/__{rank}_0.distcp")
+            with suppress(OSError):
+                write(hidden(place), _record_name(rank), sealed({"error": "; ".join(lines)}))
+                return
+        if place.local or not is_complete(place):
+            remove(hidden(place))
+
+
+def _polls(timeout: float) -> Iterable[None]:
+    """Turns of a loop, farther and farther apart, until the time is over."""
+    until, pause = time.monotonic() + timeout, 0.001
+    while time.monotonic() < until:
+        yield
+        time.sleep(pause)
+        pause = min(0.1, pause * 1.5)
+
+
+def _record_name(rank: int) -> str:
+    return f"__{rank}.json"
+
+
+_FIX_WRITE = "nothing of it is left; make room or choose another place, and save again: earlier checkpoints are whole"
