@@ -14,6 +14,7 @@ from functitan.errors import (
     MeshError,
     NonFiniteError,
     PatternError,
+    PeerCheckpointError,
     ReplicationError,
     RulesError,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "NonFiniteError",
     "Param",
     "PatternError",
+    "PeerCheckpointError",
     "ReplicationError",
     "RulesError",
     "TrainState",

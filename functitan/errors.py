@@ -54,6 +54,10 @@ class CollectiveError(RuntimeError):
     """A collective that another rank did not join: it failed, left, or ran a different program."""
 
 
+class PeerCheckpointError(CheckpointError, CollectiveError):
+    """A checkpoint that another rank failed to write or to read; that rank's own error says why."""
+
+
 def report(what: str, problems: Iterable[str], fix: str = "") -> str:
     """One error text: what was called, every problem on a line of its own, then the fix.
 

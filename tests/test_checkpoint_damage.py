@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint is said in one clear error on every rank, and the checkpoint before it still loads."""
+"""What is wrong with a checkpoint is one clear error on every rank, and the checkpoint before it still loads."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_a_checkpoint_is_not_overwritten(whole):
 
 
 def test_a_leaf_that_no_checkpoint_holds(tmp_path):
-    with pytest.raises(ValueError, match="a.0 is a object"):
+    with pytest.raises(ValueError, match=r"a\.0 is a object"):
         ft.checkpoint.save(tmp_path / "first", {"a": [object()]})
 
 
@@ -141,7 +141,7 @@ def test_a_file_that_cannot_grow(whole, tmp_path, ranks: int):
     big = {"a": ft.Param("embed mlp", (8, 2**14))}
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
     try:
-        with pytest.raises(CheckpointError, match="File too large(.|\n)*nothing of it is left"):
+        with pytest.raises(CheckpointError, match=r"File too large(.|\n)*nothing of it is left"):
             save(tmp_path / "second", big, ranks)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -164,14 +164,14 @@ class FullDisk(MemoryFileSystem):
         return super()._open(path, mode, **options)
 
 
-@pytest.mark.parametrize("files", range(6))
+@pytest.mark.parametrize("files", range(7))
 def test_a_full_disk(monkeypatch, files: int):
-    """Whichever file finds no room (two shards, two records, then metadata and checksums), none is left."""
+    """Whichever file finds no room (a mark, two shards, two records, metadata, checksums), none is left."""
     fsspec.register_implementation("full", FullDisk, clobber=True)
     first, second = f"full://{files}/first", f"full://{files}/second"
     save(first)
     monkeypatch.setattr(FullDisk, "room", itertools.chain([True] * files, itertools.repeat(False)))
-    with pytest.raises(CheckpointError, match=r"No space left on device|another rank failed"):
+    with pytest.raises(CheckpointError, match="No space left on device"):
         save(second)
     monkeypatch.undo()
     assert not FullDisk().exists(f"{files}/second")

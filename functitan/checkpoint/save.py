@@ -12,10 +12,10 @@ from typing import Any
 from torch.distributed.device_mesh import DeviceMesh
 
 from functitan import tree
-from functitan.checkpoint.files import Place, clear_errors, hidden, is_complete, is_empty, locate, remove
+from functitan.checkpoint.files import Place, clear_errors, is_complete, is_empty, locate
 from functitan.checkpoint.leaves import leaves_of
-from functitan.checkpoint.write import Part, part_of, write_part
-from functitan.errors import CheckpointError, CollectiveError, report
+from functitan.checkpoint.write import Part, announce, part_of, write_part
+from functitan.errors import CheckpointError, CollectiveError, PeerCheckpointError, report
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.rules import AxisRules
 
@@ -70,8 +70,7 @@ def begin(
     def make() -> None:
         if known is None or known.rank == 0:
             with clear_errors(what, "choose a directory that can be written"):
-                remove(hidden(place))  # of a run that was killed
-                place.fs.makedirs(hidden(place).path, exist_ok=True)
+                announce(place)
 
     together(known, f"is about to save {place.name}", clear)
     together(known, f"saves {place.name}", make)
@@ -91,5 +90,6 @@ def together(mesh: Mesh | None, does: str, work: Callable[[], Any]) -> Any:
             mesh.transport.agree(does)
         except CollectiveError as error:
             problems = [line.strip(" -") for line in str(error).splitlines() if "Fix:" not in line]
-            raise CheckpointError(report(f"rank {mesh.rank} {does}", problems, "see the rank that failed")) from error
+            what = f"rank {mesh.rank} {does}"
+            raise PeerCheckpointError(report(what, problems, "see the rank that failed")) from error
     return result

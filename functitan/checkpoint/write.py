@@ -32,8 +32,10 @@ from functitan.checkpoint.files import (
     writing,
 )
 from functitan.checkpoint.leaves import Leaf
-from functitan.errors import CheckpointError, report
+from functitan.errors import CheckpointError, PeerCheckpointError, report
 from functitan.sharding.mesh import Mesh
+
+GOES_ON = "__writing"
 
 
 class Part(NamedTuple):
@@ -59,6 +61,13 @@ def part_of(leaves: list[Leaf], mesh: Mesh | None) -> Part:
     return Part(rank, world, blocks, [(leaf.path, leaf.shape, leaf.dtype) for leaf in leaves])
 
 
+def announce(place: Place) -> None:
+    """An empty hidden directory, with the file that stands for a write that goes on: who fails removes it."""
+    remove(hidden(place))  # of a run that was killed
+    place.fs.makedirs(hidden(place).path, exist_ok=True)
+    write(hidden(place), GOES_ON, b"")
+
+
 def write_part(place: Place, part: Part, timeout: float) -> None:
     """Write this rank's file and wait until the checkpoint is complete.
 
@@ -70,11 +79,13 @@ def write_part(place: Place, part: Part, timeout: float) -> None:
             write(hidden(place), _record_name(part.rank), sealed(record))
             if part.rank == 0:
                 _complete(place, part, timeout)
+            else:
+                _wait(place, timeout)
     except CheckpointError as error:
         _give_up(place, part.rank, error)
+        if part.rank and isinstance(error.__cause__, FileNotFoundError):  # rank 0 has removed everything
+            raise _another_failed(place) from error
         raise
-    if part.rank:
-        _wait(place, part, timeout)
 
 
 def _writes(leaf: Leaf, mesh: Mesh | None, number: int) -> bool:
@@ -120,9 +131,9 @@ def _complete(place: Place, part: Part, timeout: float) -> None:
     checksums.append([METADATA, 0, len(metadata), zlib.crc32(metadata)])
     write(hidden(place), CHECKSUMS, sealed({"files": files, "items": checksums}))
     publish(place)
-    for rank in range(part.world):
+    for name in (*map(_record_name, range(part.world)), GOES_ON):
         with suppress(OSError):
-            place.fs.rm(f"{place.path}/{_record_name(rank)}")
+            place.fs.rm(f"{place.path}/{name}")
 
 
 def _records(place: Place, world: int, timeout: float) -> list[Any]:
@@ -139,23 +150,25 @@ def _records(place: Place, world: int, timeout: float) -> list[Any]:
             raise CheckpointError(report(f"writing the checkpoint {place.name}", failed, _FIX_WRITE))
         if len(found) == world:
             return [found[rank] for rank in range(world)]
+        if not place.fs.exists(f"{place.path}/{GOES_ON}"):
+            raise _another_failed(place)
     absent = [
         f"rank {rank} has not written its part within {timeout:g} s" for rank in range(world) if rank not in found
     ]
     raise CheckpointError(report(f"writing the checkpoint {place.name}", absent, "look for a rank that ended"))
 
 
-def _wait(place: Place, part: Part, timeout: float) -> None:
-    """Until rank 0 has made all parts one checkpoint: then, and if it gave up, this rank's record is gone."""
-    record = f"{hidden(place).path}/{_record_name(part.rank)}"
-    what = f"writing the checkpoint {place.name}"
+def _wait(place: Place, timeout: float) -> None:
+    """Until rank 0 has made all parts one checkpoint, or someone gave up."""
+    mark = f"{hidden(place).path}/{GOES_ON}"
     for _ in _polls(timeout):
         place.fs.invalidate_cache()
-        if not place.fs.exists(record):
+        if not place.fs.exists(mark):
             if not is_complete(place):
-                raise CheckpointError(report(what, ["another rank failed to write its part"], "see its error"))
+                raise _another_failed(place)
             return
-    raise CheckpointError(report(what, [f"rank 0 did not finish within {timeout:g} s"], "look why rank 0 waits"))
+    late = f"rank 0 did not finish within {timeout:g} s"
+    raise CheckpointError(report(f"writing the checkpoint {place.name}", [late], "look why rank 0 waits"))
 
 
 def _give_up(place: Place, rank: int, error: CheckpointError) -> None:
@@ -165,9 +178,10 @@ def _give_up(place: Place, rank: int, error: CheckpointError) -> None:
         if rank:
             with suppress(OSError):
                 place.fs.rm(f"{hidden(place).path}/__{rank}_0.distcp")
-            with suppress(OSError):
-                write(hidden(place), _record_name(rank), sealed({"error": "; ".join(lines)}))
-                return
+            if place.fs.exists(f"{hidden(place).path}/{GOES_ON}"):
+                with suppress(OSError):
+                    write(hidden(place), _record_name(rank), sealed({"error": "; ".join(lines)}))
+                    return
         if place.local or not is_complete(place):
             remove(hidden(place))
 
@@ -179,6 +193,11 @@ def _polls(timeout: float) -> Iterable[None]:
         yield
         time.sleep(pause)
         pause = min(0.1, pause * 1.5)
+
+
+def _another_failed(place: Place) -> PeerCheckpointError:
+    what = f"writing the checkpoint {place.name}"
+    return PeerCheckpointError(report(what, ["another rank failed to write its part"], "see its error"))
 
 
 def _record_name(rank: int) -> str:
