@@ -1,6 +1,8 @@
 """State that survives: checkpoints that any mesh can read, complete or invisible, and other programs' weights."""
 
+from functitan.checkpoint.manager import Manager
 from functitan.checkpoint.restore import restore
 from functitan.checkpoint.save import save
+from functitan.checkpoint.termination import termination
 
-__all__ = ["restore", "save"]
+__all__ = ["Manager", "restore", "save", "termination"]

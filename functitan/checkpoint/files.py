@@ -84,8 +84,8 @@ def remove(place: Place) -> None:
 
 
 @contextmanager
-def writing(place: Place, name: str) -> Iterator[BinaryIO]:
-    """A file to write to, on the disk when the body ends."""
+def writing(place: Place, name: str, durable: bool = True) -> Iterator[BinaryIO]:
+    """A file to write to, on the disk when the body ends if it is to be durable."""
     path = f"{place.path}/{name}"
     if not place.local:
         with place.fs.open(path, "wb") as stream:
@@ -93,16 +93,17 @@ def writing(place: Place, name: str) -> Iterator[BinaryIO]:
         return
     with open(path, "wb") as stream:
         yield stream
-        stream.flush()
-        os.fsync(stream.fileno())
+        if durable:
+            stream.flush()
+            os.fsync(stream.fileno())
 
 
-def write(place: Place, name: str, data: bytes) -> None:
+def write(place: Place, name: str, data: bytes, durable: bool = True) -> None:
     """A small file, which is there whole or not at all."""
     if not place.local:
         place.fs.pipe_file(f"{place.path}/{name}", data)
         return
-    with writing(place, f".{name}.new") as stream:
+    with writing(place, f".{name}.new", durable) as stream:
         stream.write(data)
     os.replace(f"{place.path}/.{name}.new", f"{place.path}/{name}")
 

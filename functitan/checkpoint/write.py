@@ -65,7 +65,7 @@ def announce(place: Place) -> None:
     """An empty hidden directory, with the file that stands for a write that goes on: who fails removes it."""
     remove(hidden(place))  # of a run that was killed
     place.fs.makedirs(hidden(place).path, exist_ok=True)
-    write(hidden(place), GOES_ON, b"")
+    write(hidden(place), GOES_ON, b"", durable=False)
 
 
 def write_part(place: Place, part: Part, timeout: float) -> None:
@@ -76,7 +76,7 @@ def write_part(place: Place, part: Part, timeout: float) -> None:
     try:
         with clear_errors(f"writing the checkpoint {place.name}", _FIX_WRITE):
             record = _write_blocks(hidden(place), part)
-            write(hidden(place), _record_name(part.rank), sealed(record))
+            write(hidden(place), _record_name(part.rank), sealed(record), durable=False)
             if part.rank == 0:
                 _complete(place, part, timeout)
             else:
@@ -180,7 +180,7 @@ def _give_up(place: Place, rank: int, error: CheckpointError) -> None:
                 place.fs.rm(f"{hidden(place).path}/__{rank}_0.distcp")
             if place.fs.exists(f"{hidden(place).path}/{GOES_ON}"):
                 with suppress(OSError):
-                    write(hidden(place), _record_name(rank), sealed({"error": "; ".join(lines)}))
+                    write(hidden(place), _record_name(rank), sealed({"error": "; ".join(lines)}), durable=False)
                     return
         if place.local or not is_complete(place):
             remove(hidden(place))
