@@ -153,9 +153,9 @@ def clear_errors(what: str, fix: str) -> Iterator[None]:
         raise CheckpointError(report(what, [problem], fix)) from error
 
 
-def sync(directory: str) -> None:
-    """Put a directory's entries on the disk."""
-    handle = os.open(directory, os.O_RDONLY)
+def sync(path: str) -> None:
+    """Put a file, or a directory's entries, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

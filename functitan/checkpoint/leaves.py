@@ -33,6 +33,7 @@ class Leaf(NamedTuple):
     shape: tuple[int, ...] | None
     dtype: torch.dtype | None
     layout: Layout | None
+    pattern: str | Param | None
 
     def block(self, mesh: Mesh | None) -> Block:
         """The part of the global shape that this rank holds."""
@@ -89,7 +90,7 @@ def leaves_of(
         check_leaves(what, zip(paths, declared, [s or () for s in shapes], strict=True), table, known.sizes)
     _check_shapes(what, paths, declared, shapes)
     dtypes = [getattr(x, "dtype", None) for x in found]
-    return [Leaf(*each) for each in zip(paths, found, shapes, dtypes, layouts, strict=True)], known
+    return [Leaf(*each) for each in zip(paths, found, shapes, dtypes, layouts, declared, strict=True)], known
 
 
 def _noted(states: list[TrainState], state: TrainState) -> TrainState:

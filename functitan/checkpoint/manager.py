@@ -116,7 +116,7 @@ class Manager:
         self.wait()
         if step is None:
             step = max(self.steps(), default=None)
-        return None if step is None else restore(_name(self._at(step)), like, **self._layout | options)
+        return None if step is None else restore(self._at(step).name, like, **self._layout | options)
 
     def step(self, step: int, state: tree.Tree) -> dict[str, float]:
         """Save, if it is time, the state after `step` steps. Metrics: "checkpoint_wait", the seconds that it waited for
@@ -141,7 +141,7 @@ class Manager:
         self.wait()
         if self._last is None and _rank(self._mesh(state)) == 0:
             self._sweep()
-        place, part = begin(_name(self._at(step)), state, **self._layout)
+        place, part = begin(self._at(step).name, state, **self._layout)
         self._last, self._saved_at = step, time.monotonic()
         if not self._background:
             self._write(place, part)
@@ -210,10 +210,6 @@ class Manager:
 
     def _at(self, step: int) -> Place:
         return self._place.child(f"step_{step:08d}")
-
-
-def _name(place: Place) -> str:
-    return place.name
 
 
 def _rank(mesh: Mesh | None) -> int:
