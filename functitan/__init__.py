@@ -18,6 +18,7 @@ from functitan.errors import (
     ReplicationError,
     RulesError,
 )
+from functitan.module import from_module
 from functitan.ops.attention import attention
 from functitan.ops.checkpoint_name import checkpoint_name
 from functitan.ops.dropout import dropout
@@ -84,6 +85,7 @@ __all__ = [
     "dropout",
     "einsum",
     "explain",
+    "from_module",
     "grad",
     "hvp",
     "init",
