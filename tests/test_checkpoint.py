@@ -6,6 +6,8 @@ The oracle is the tree of global values, by `ft.unshard`, and an uninterrupted r
 from __future__ import annotations
 
 import itertools
+import sys
+import threading
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import functitan as ft
+from functitan.checkpoint.dcp import unpacked
 from functitan.models import llama
 
 CONFIG = llama.LlamaConfig(100, 16, 1, 4, 2, 4, 32)
@@ -206,3 +209,26 @@ def test_a_part_of_a_checkpoint(checkpoints):
     like = {"train": {"params": {"embedding": DECLARED["embedding"]}}}
     (back,) = ft.tree.leaves(ft.checkpoint.restore(path, like, partial=True))
     assert torch.equal(back, saved["train.params.embedding"])
+
+
+def test_a_rank_holds_no_more_of_a_tensor_than_its_part_and_one_item(tmp_path, monkeypatch):
+    """Saved whole by one process, restored on four ranks: what a rank takes from the files, item by item."""
+    monkeypatch.setattr("functitan.checkpoint.dcp.ITEM_BYTES", 1024)
+    declared, rules = {"w": ft.Param("embed mlp", (64, 64))}, ft.AxisRules({"embed": "fsdp", "mlp": "tp"})
+    w = torch.randn(64, 64)
+    ft.checkpoint.save(tmp_path / "whole", {"w": w})
+    taken: dict[str, list[int]] = {}
+
+    def counted(data: bytes) -> torch.Tensor:
+        x = unpacked(data)
+        taken.setdefault(threading.current_thread().name, []).append(x.nbytes)
+        return x
+
+    monkeypatch.setattr(sys.modules["functitan.checkpoint.restore"], "unpacked", counted)
+
+    def restored(mesh):
+        return ft.checkpoint.restore(tmp_path / "whole", declared, mesh=mesh, rules=rules)["w"]
+
+    for rank, part in enumerate(ft.simulate(fsdp=4)(restored)()):
+        assert torch.equal(part, w.chunk(4)[rank])
+        assert max(taken[f"rank {rank}"]) <= 1024 and sum(taken[f"rank {rank}"]) == part.nbytes

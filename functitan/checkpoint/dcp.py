@@ -7,8 +7,9 @@ Invariant: what is written here torch's own tools read. An item is what `torch.s
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import BytesIO
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.utils.serialization import config
 
 METADATA = ".metadata"
 VERSION = "1.0.0"  # CURRENT_DCP_VERSION of torch 2.13
@@ -64,16 +66,17 @@ def pieces(offsets: Sequence[int], x: Tensor) -> Iterator[tuple[tuple[int, ...],
         yield from pieces([at + start * (i == axis) for i, at in enumerate(offsets)], part)
 
 
-def packed(value: Any, buffer: BytesIO) -> memoryview:
-    """A tensor or a scalar as an item's bytes, in `buffer`."""
+def pack(value: Any, write: Callable[[memoryview], int]) -> None:
+    """Write a tensor or a scalar as an item.
+
+    Without torch.save's own checksums, which it works out while it keeps every other thread from running Python.
+    """
     if isinstance(value, Tensor):
         value = value.detach().cpu().contiguous()
         if value.untyped_storage().nbytes() != value.numel() * value.element_size():
             value = value.clone()  # torch.save writes whole storages
-    buffer.seek(0)
-    buffer.truncate()
-    torch.save(value, buffer)
-    return buffer.getbuffer()
+    with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]  # of this thread; tried on torch 2.13
+        torch.save(value, SimpleNamespace(write=write, flush=lambda: None))  # type: ignore[arg-type]
 
 
 def unpacked(data: bytes) -> Any:

@@ -11,12 +11,11 @@ import time
 import zlib
 from collections.abc import Iterable
 from contextlib import suppress
-from io import BytesIO
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from functitan.checkpoint.dcp import METADATA, Entry, Item, metadata_of, packed, pieces
+from functitan.checkpoint.dcp import METADATA, Entry, Item, metadata_of, pack, pieces
 from functitan.checkpoint.files import (
     CHECKSUMS,
     Place,
@@ -99,18 +98,23 @@ def _writes(leaf: Leaf, mesh: Mesh | None, number: int) -> bool:
 
 def _write_blocks(place: Place, part: Part) -> dict[str, Any]:
     """This rank's file; what stands where in it."""
-    name, buffer, items = f"__{part.rank}_0.distcp", BytesIO(), []
+    name, items = f"__{part.rank}_0.distcp", []
+    size = crc = 0
     with writing(place, name) as stream:
-        start = 0
+
+        def put(data: memoryview) -> int:
+            nonlocal size, crc
+            stream.write(data)
+            size, crc = size + len(data), zlib.crc32(data, crc)
+            return len(data)
+
         for path, offsets, block in part.blocks:
             for at, piece in pieces(offsets or (), block) if isinstance(block, Tensor) else [(None, block)]:
-                data = packed(piece, buffer)
+                start, crc = size, 0
+                pack(piece, put)
                 sizes = tuple(piece.shape) if isinstance(piece, Tensor) else ()
-                items.append(Item(path, at, sizes, name, start, len(data), zlib.crc32(data)))
-                stream.write(data)
-                start += len(data)
-                data.release()
-    return {"file": name, "size": start, "items": items}
+                items.append(Item(path, at, sizes, name, start, size - start, crc))
+    return {"file": name, "size": size, "items": items}
 
 
 def _complete(place: Place, part: Part, timeout: float) -> None:
