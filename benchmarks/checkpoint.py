@@ -86,12 +86,12 @@ def main() -> None:
             result = ft.launch(run, sizes, args, nprocs=torch.Size(sizes.values()).numel())[0]
         else:
             result = run(sizes, args)
-    least = {kind: min(times) for kind, times in result["times"].items()}
+    least, middle = ({kind: f(times) for kind, times in result["times"].items()} for f in (min, median))
     cost, hidden = (least[kind] - least["none"] for kind in ("blocking", "background"))
     state = result["state"]
     print(f"state of a rank {state / 2**20:.0f} MiB; a round of {args.steps} steps {least['none']:.3f} s")
-    print(f"blocking    +{cost:.3f} s a save; medians of rounds: {median(result['times']['blocking']):.3f} s")
-    print(f"background  +{hidden:.3f} s a save; medians of rounds: {median(result['times']['background']):.3f} s")
+    print(f"blocking    +{cost:.3f} s a save; by medians +{middle['blocking'] - middle['none']:.3f} s")
+    print(f"background  +{hidden:.3f} s a save; by medians +{middle['background'] - middle['none']:.3f} s")
     begun, late = (median(each) for each in zip(*result["stood"], strict=True))
     print(f"            of it {begun:.3f} s to copy, {late:.3f} s to wait at the end of the round")
     print(f"background / blocking {hidden / cost:.1%} (bound 15%)")

@@ -80,7 +80,7 @@ def write_part(place: Place, part: Part, timeout: float) -> None:
                 _complete(place, part, timeout)
             else:
                 _wait(place, timeout)
-    except CheckpointError as error:
+    except Exception as error:
         _give_up(place, part.rank, error)
         if part.rank and isinstance(error.__cause__, FileNotFoundError):  # rank 0 has removed everything
             raise _another_failed(place) from error
@@ -100,11 +100,15 @@ def _write_blocks(place: Place, part: Part) -> dict[str, Any]:
     """This rank's file; what stands where in it."""
     name, items = f"__{part.rank}_0.distcp", []
     size = crc = 0
+    failed: OSError | None = None
     with writing(place, name) as stream:
 
         def put(data: memoryview) -> int:
-            nonlocal size, crc
-            stream.write(data)
+            nonlocal size, crc, failed
+            try:
+                stream.write(data)
+            except OSError as error:  # torch.save would hide it behind one of its own
+                failed = error
             size, crc = size + len(data), zlib.crc32(data, crc)
             return len(data)
 
@@ -112,6 +116,8 @@ def _write_blocks(place: Place, part: Part) -> dict[str, Any]:
             for at, piece in pieces(offsets or (), block) if isinstance(block, Tensor) else [(None, block)]:
                 start, crc = size, 0
                 pack(piece, put)
+                if failed is not None:
+                    raise failed
                 sizes = tuple(piece.shape) if isinstance(piece, Tensor) else ()
                 items.append(Item(path, at, sizes, name, start, size - start, crc))
     return {"file": name, "size": size, "items": items}
@@ -175,9 +181,10 @@ def _wait(place: Place, timeout: float) -> None:
     raise CheckpointError(report(f"writing the checkpoint {place.name}", [late], "look why rank 0 waits"))
 
 
-def _give_up(place: Place, rank: int, error: CheckpointError) -> None:
+def _give_up(place: Place, rank: int, error: Exception) -> None:
     """Tell rank 0, which removes everything; where not even that can be written, remove it here."""
     lines = [line.removeprefix("  - ") for line in str(error).splitlines() if line.startswith("  - ")]
+    lines = lines or [f"{type(error).__name__}: {error}"]
     with suppress(OSError):
         if rank:
             with suppress(OSError):
