@@ -61,6 +61,19 @@ def test_train_llm_has_the_same_losses_in_each_way_to_run_it(tmp_path):
         torch.testing.assert_close(losses, plain, rtol=1e-4, atol=0)  # float32 sums in other orders
 
 
+def test_train_llm_goes_on_from_its_checkpoints_on_another_mesh(tmp_path):
+    script = [sys.executable, str(EXAMPLES / "train_llm.py"), "--lr", "1e-3"]
+    whole = run(script, tmp_path / "whole")
+    saved = [*TINY, "--out", str(tmp_path / "parts"), "--checkpoints", str(tmp_path / "saved"), "--save-every", "1"]
+    for more in (["--steps", "2"], ["--mesh", "fsdp=2", "--simulate"]):
+        done = subprocess.run([*script, *saved, *more], capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3] and all("checkpoint_wait" in row for row in rows)
+    # float32 sums in other orders, and a schedule that ends after 2 steps or 3: its first two steps are the same
+    torch.testing.assert_close([row["loss"] for row in rows], whole, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("sizes", [dict(fsdp=2), dict(tp=2), dict(dp=2, fsdp=2, tp=2)], ids=str)
 def test_a_block_in_a_foreign_loop_trains_alike_on_every_mesh(sizes):
 
