@@ -96,28 +96,10 @@ def sample(params, config, encoding, args, mesh) -> str:
     return encoding.decode(tokens)
 
 
-    saves = manager(args, stop)
-    if saves is not None:
-        state = saves.restore(state) or state
-    done = int(state["train"].step)
-    report, losses = reporter(args, config, declared, mesh, done), []
-    for n in range(done, args.steps):
-        batch, cursor = stream.next_batch(state["cursor"])
-        batch = ft.tree.map(lambda x: x.to(args.device), batch)
-        seen = args.profile and n == done + 2 and is_first(mesh)  # the first steps are slower
-        with ft.profile(Path(args.out) / "trace.json") if seen else nullcontext() as profile:
-            new, metrics = step(state["train"], ft.shard(batch, ft.data.BATCH, mesh=mesh, rules=rules))
-            losses.append(metrics["loss"].item())
-        state = {"train": new, "cursor": cursor}
-        if profile is not None:
-            print(f"step {n + 1}, in {profile.path}:\n{profile.breakdown}")
-        waited = {} if saves is None else saves.step(n + 1, state)
-        report(losses, cursor, waited)
-        if saves is not None and saves.stopping:
-            break
-    if saves is not None:
-        saves.wait()
-    report(losses, state["cursor"], text=sample(state["train"].params, config, stream.encoding, args, mesh))
+def reporter(args, config, declared, mesh, done):
+    """A function that shows and stores the progress after step `done`: on the first rank only."""
+    if not is_first(mesh):
+        return lambda losses, cursor, waited=None, text=None: None
     ranks = 1 if mesh is None or args.simulate else mesh.size()
     flops = ft.metrics.flops_per_token(declared, config.num_layers, config.num_heads, config.head_dim, args.seq)
     peak = ft.metrics.measure_peak_flops(device=args.device) * ranks
@@ -159,28 +141,11 @@ def sample(params, config, encoding, args, mesh) -> str:
     return report
 
 
-    saves = manager(args, stop)
-    if saves is not None:
-        state = saves.restore(state) or state
-    done = int(state["train"].step)
-    report, losses = reporter(args, config, declared, mesh, done), []
-    for n in range(done, args.steps):
-        batch, cursor = stream.next_batch(state["cursor"])
-        batch = ft.tree.map(lambda x: x.to(args.device), batch)
-        seen = args.profile and n == done + 2 and is_first(mesh)  # the first steps are slower
-        with ft.profile(Path(args.out) / "trace.json") if seen else nullcontext() as profile:
-            new, metrics = step(state["train"], ft.shard(batch, ft.data.BATCH, mesh=mesh, rules=rules))
-            losses.append(metrics["loss"].item())
-        state = {"train": new, "cursor": cursor}
-        if profile is not None:
-            print(f"step {n + 1}, in {profile.path}:\n{profile.breakdown}")
-        waited = {} if saves is None else saves.step(n + 1, state)
-        report(losses, cursor, waited)
-        if saves is not None and saves.stopping:
-            break
-    if saves is not None:
-        saves.wait()
-    report(losses, state["cursor"], text=sample(state["train"].params, config, stream.encoding, args, mesh))
+def is_first(mesh) -> bool:
+    return mesh is None or ft.as_mesh(mesh).rank == 0
+
+
+def plot(losses: list[float], path: Path, done: int) -> None:
     """The loss of every step, and its running mean."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
@@ -215,28 +180,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sample", type=int, default=200, help="tokens of the sample at the end")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    saves = manager(args, stop)
-    if saves is not None:
-        state = saves.restore(state) or state
-    done = int(state["train"].step)
-    report, losses = reporter(args, config, declared, mesh, done), []
-    for n in range(done, args.steps):
-        batch, cursor = stream.next_batch(state["cursor"])
-        batch = ft.tree.map(lambda x: x.to(args.device), batch)
-        seen = args.profile and n == done + 2 and is_first(mesh)  # the first steps are slower
-        with ft.profile(Path(args.out) / "trace.json") if seen else nullcontext() as profile:
-            new, metrics = step(state["train"], ft.shard(batch, ft.data.BATCH, mesh=mesh, rules=rules))
-            losses.append(metrics["loss"].item())
-        state = {"train": new, "cursor": cursor}
-        if profile is not None:
-            print(f"step {n + 1}, in {profile.path}:\n{profile.breakdown}")
-        waited = {} if saves is None else saves.step(n + 1, state)
-        report(losses, cursor, waited)
-        if saves is not None and saves.stopping:
-            break
-    if saves is not None:
-        saves.wait()
-    report(losses, state["cursor"], text=sample(state["train"].params, config, stream.encoding, args, mesh))
+    parser.add_argument("--profile", action="store_true", help="write a chrome trace of the third step")
+    parser.add_argument("--checkpoints", default="", help="folder or fsspec URL to save the run to, and to go on from")
+    parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
     parser.add_argument("--out", default="runs/llama", help="folder for metrics.jsonl and loss.png")
     return parser.parse_args()
 

@@ -87,7 +87,7 @@ def map_nodes(fn: Callable[[Any], Tree], kind: type, tree: Tree) -> Tree:
     {'a': 2, 'b': 3}
     """
     is_kind = lambda x: isinstance(x, kind)
-    return optree.tree_map(lambda x: fn(x) if is_kind(x) else x, tree, is_leaf=is_kind, namespace=NAMESPACE)
+    return optree.tree_map(lambda x: fn(x) if is_kind(x) else x, tree, is_leaf=is_kind)
 
 
 def broadcast_prefix(prefix: Tree, tree: Tree, what: str = "prefix") -> list[Any]:
