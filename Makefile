@@ -10,7 +10,7 @@ train: $(INSTALLED)
 	$(BIN)/python examples/train_llm.py $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
 
 mutation: $(INSTALLED)
 	$(BIN)/python tests/mutation.py $(ARGS)

@@ -5,7 +5,7 @@ import os
 import torch
 from hypothesis import settings
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if os.environ.get("PYTEST_XDIST_WORKER") else 2)  # two workers share two cores
 
 # No deadline: the first call of a torch op is slow, and shared machines are noisy.
 settings.register_profile("local", deadline=None, max_examples=50)
