@@ -53,8 +53,8 @@ class Program(NamedTuple):
     def notes(self) -> list[str]:
         """What a ledger of it should say besides."""
         kinds = {entry.collective for entry in self.entries()}
-        whole = any(mesh.transport.scatters_whole for mesh in self.meshes)
-        return [_WHOLE] if whole and "reduce_scatter" in kinds else []
+        exchanges = any(mesh.transport.exchanges for mesh in self.meshes)
+        return [_EXCHANGED] if exchanges and "reduce_scatter" in kinds else []
 
 
 unseen = _disable_current_modes  # modes of a caller (ft.explain's memory) see nothing of what is done to graphs
@@ -162,4 +162,4 @@ def _data_dependent(what: str, error: BaseException) -> str:
     return report(what, [problem], "choose by torch.where, or leave .item() and if outside the captured function")
 
 
-_WHOLE = "gloo runs a reduce-scatter as an all-reduce and a slice, which sends twice the bytes entered for it"
+_EXCHANGED = "on gloo a reduce-scatter runs as an all-to-all of the same bytes, and a sum"

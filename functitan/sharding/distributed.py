@@ -85,9 +85,7 @@ def _mesh_of(device_mesh: DeviceMesh, _: Any) -> Mesh:
         raise MeshError(report("DeviceMesh", [problem], "call from its processes only"))
     sizes = mesh_sizes(dict(zip(names, device_mesh.shape, strict=True)))
     # numpy, because the first collective of a group may come while fake tensors are traced
-    gloo = (
-        dist.get_backend(device_mesh.get_group(names[0])) == "gloo"
-    )  # whose reduce-scatter copies, and sums all of it
+    gloo = dist.get_backend(device_mesh.get_group(names[0])) == "gloo"  # its reduce-scatter takes twice an exchange
     group = cache(partial(_group, device_mesh, device_mesh.mesh.numpy(), sizes, tuple(coordinate)))
     return Mesh(sizes, tuple(coordinate), _transport(group, _agree(device_mesh, tuple(coordinate)), gloo))
 
@@ -137,9 +135,7 @@ def _timeout(group: dist.ProcessGroup, device_type: str) -> timedelta | None:
     return getattr(options, "_timeout", None)
 
 
-def _transport(
-    group: Callable[[Dims], tuple[str, int, int]], agree: Callable[..., None], scatters_whole: bool
-) -> Transport:
+def _transport(group: Callable[[Dims], tuple[str, int, int]], agree: Callable[..., None], exchanges: bool) -> Transport:
     ops, wait = torch.ops._c10d_functional, torch.ops._c10d_functional.wait_tensor
 
     def run(kind: str, x: Tensor, dims: Dims, note: tuple, send: Callable[..., Tensor]) -> Tensor:
@@ -155,8 +151,12 @@ def _transport(
         return run("all_gather", x.unsqueeze(0), dims, note, gather)
 
     def reduce_scatter(x, dims, op, note):
+        exchange = lambda x, name, n, _: ops.all_to_all_single(x, [1] * n, [1] * n, name)
         reduce = lambda x, name, n, _: ops.reduce_scatter_tensor(x, op, n, name)
-        return run("reduce_scatter", x, dims, note, reduce).squeeze(0)
+        if not exchanges:
+            return run("reduce_scatter", x, dims, note, reduce).squeeze(0)
+        parts = run("reduce_scatter", x, dims, note, exchange)
+        return parts.sum(0) if op == "sum" else parts.amax(0)
 
     def all_reduce(x, dims, op, note):
         return run("all_reduce", x, dims, note, lambda x, name, n, _: ops.all_reduce(x, op, name))
@@ -174,7 +174,7 @@ def _transport(
         return run("permute", x.unsqueeze(0), dims, note, pass_on).squeeze(0)
 
     return Transport(
-        "distributed", all_gather, reduce_scatter, all_reduce, all_to_all, permute, agree, group, scatters_whole
+        "distributed", all_gather, reduce_scatter, all_reduce, all_to_all, permute, agree, group, exchanges
     )
 
 

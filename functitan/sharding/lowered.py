@@ -1,7 +1,7 @@
 """Captured collectives made runnable: what the compiler knows on processes, a call of the transport elsewhere.
 
-Invariant: the same messages travel, in the same order, as if `steps.send` had sent them one by one; but gloo sums the
-whole of what it scatters, and does so in one copy less when it is told to.
+Invariant: the same messages travel, in the same order, as if `steps.send` had sent them one by one, and the same bytes;
+on gloo a reduce-scatter is an all-to-all, and a sum that the compiler fuses with what follows.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def _started(graph: Graph, its: Collective, mesh: Mesh) -> Node:
     match its.kind:
         case "all_gather":
             return call(ops.all_gather_into_tensor.default, call(torch.ops.aten.unsqueeze.default, its.x, 0), n, name)
-        case "reduce_scatter" if mesh.transport.scatters_whole:
-            return call(ops.all_reduce.default, its.x, its.detail, name)
+        case "reduce_scatter" if mesh.transport.exchanges:
+            return call(ops.all_to_all_single.default, its.x, [1] * n, [1] * n, name)
         case "reduce_scatter":
             return call(ops.reduce_scatter_tensor.default, its.x, its.detail, n, name)
         case "all_reduce":
@@ -84,7 +84,7 @@ def _started(graph: Graph, its: Collective, mesh: Mesh) -> Node:
 
 def _finished(graph: Graph, its: Collective, sent: Node, mesh: Mesh) -> Node:
     done = emit(graph, torch.ops._c10d_functional.wait_tensor.default, sent)
-    if its.kind == "reduce_scatter" and mesh.transport.scatters_whole:  # a copy, so that the whole can be freed
-        part = emit(graph, torch.ops.aten.select.int, done, 0, mesh.index(its.mesh_dims))
-        return emit(graph, torch.ops.aten.clone.default, part)
+    if its.kind == "reduce_scatter" and mesh.transport.exchanges:
+        reduction = torch.ops.aten.sum.dim_IntList if its.detail == "sum" else torch.ops.aten.amax.default
+        return emit(graph, reduction, done, [0])
     return emit(graph, torch.ops.aten.squeeze.dim, done, 0) if its.kind in ("reduce_scatter", "permute") else done

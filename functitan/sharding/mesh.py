@@ -47,7 +47,7 @@ class Transport(NamedTuple):
     permute: Callable[..., Any]  # (x, dims, shift, note) -> x of the rank `shift` places before
     agree: Callable[..., None]  # (program, wait=True)
     group: Callable[..., Any] | None = None  # (dims) -> (its c10d name, number of ranks, this rank's number)
-    scatters_whole: bool = False  # a captured reduce-scatter is no slower as an all-reduce and a slice
+    exchanges: bool = False  # a reduce-scatter runs as an all-to-all of the same bytes, and a sum
 
 
 class Mesh(NamedTuple):
