@@ -29,9 +29,13 @@ def mark_donated(value: tree.Tree, where: str) -> None:
       - w was donated to step 3: its buffer holds newer values now
       Fix: use the state that the step returned, clone what you keep, or make the step with donate=False
     """
-    for leaf in tree.leaves(value):
-        if isinstance(leaf, Tensor):
-            setattr(leaf, _MARK, where)
+    mark_leaves([leaf for leaf in tree.leaves(value) if isinstance(leaf, Tensor)], where)
+
+
+def mark_leaves(leaves: list[Tensor], where: str) -> None:
+    """Mark tensors as donated to `where`."""
+    for leaf in leaves:
+        setattr(leaf, _MARK, where)
 
 
 def check_donated(value: tree.Tree, what: str, kept: tuple[int, ...] = (), leaves: list[Any] | None = None) -> None:

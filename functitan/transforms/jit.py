@@ -23,7 +23,7 @@ from functitan.errors import CaptureError, report
 from functitan.ops.function import transforms_active
 from functitan.sharding.context import Env, current, within
 from functitan.sharding.ledger import Entry
-from functitan.transforms.donate import check_donated, mark_donated
+from functitan.transforms.donate import check_donated, mark_leaves
 
 
 def jit(
@@ -164,7 +164,7 @@ def _call(found: _Compiled, args: Any, leaves: list[Any]) -> Any:
             raise error()
     values = [x if home is None else tensors[home].detach() for x, home in zip(values, found.homes, strict=True)]
     if found.donated:
-        mark_donated([tensors[i] for i in found.donated], "a call of ft.jit")
+        mark_leaves([tensors[i] for i in found.donated], "a call of ft.jit")
     left = iter(values)
     return tree.unflatten(found.result, [next(left) if other is _TENSOR else other for other in found.others])
 
