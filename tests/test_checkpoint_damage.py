@@ -7,6 +7,8 @@ import itertools
 import os
 import resource
 import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 import functitan as ft
+import functitan.checkpoint.write
+from functitan.checkpoint.files import locate, remove
 from functitan.errors import CheckpointError
 
 RULES = ft.AxisRules({"embed": "fsdp", "mlp": None})
@@ -148,6 +152,81 @@ def test_a_file_that_cannot_grow(whole, tmp_path, ranks: int):
     assert os.listdir(tmp_path) == ["first"]
     assert_whole(restore(tmp_path / "first"))
     save(tmp_path / "second", big, ranks)  # now there is room
+
+
+HELD = {"before its file": "writing", "within its file": "pack", "before its record": "write"}
+
+
+@pytest.mark.parametrize("fails", [(0,), (0, 1)], ids=["one fails", "both fail"])
+@pytest.mark.parametrize("held", HELD)
+@pytest.mark.parametrize("root", ["", "memory://"], ids=["local", "memory"])
+def test_a_failed_save_leaves_nothing_of_a_slow_rank(monkeypatch, tmp_path, root: str, held: str, fails):
+    """Rank 1 goes on while rank 0 removes: after the list of what to remove is made, before it is empty."""
+    removing, done = threading.Event(), threading.Event()
+    path = f"{root}{tmp_path}/second"
+    rank = lambda: int(threading.current_thread().name.removeprefix("rank "))
+
+    def slowed(name: str) -> Callable[..., Any]:
+        real = getattr(functitan.checkpoint.write, name)
+
+        def fn(*args: Any, **options: Any) -> Any:
+            record = name != "write" or args[1] == "__1.json"
+            if rank() == 1 and name == HELD[held] and record:
+                assert removing.wait(30)
+            if name == "pack" and rank() in fails:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(*args, **options)
+
+        return fn
+
+    def interrupted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def fn(*args: Any, **options: Any) -> Any:
+            first = real(*args, **options) if root else None
+            if rank() == 0 and (options.get("recursive") if root else not removing.is_set()):
+                removing.set()
+                assert done.wait(30)
+            return first if root else real(*args, **options)
+
+        return fn
+
+    def saved(mesh):
+        params = ft.init(DECLARED, ft.random.key(0), mesh=mesh, rules=RULES)
+        try:
+            with pytest.raises(CheckpointError, match="No space left|another rank failed"):
+                ft.checkpoint.save(path, params, patterns=DECLARED, mesh=mesh, rules=RULES, timeout=30)
+        finally:
+            if mesh.rank == 1:
+                done.set()
+
+    for name in ("writing", "pack", "write"):
+        monkeypatch.setattr(functitan.checkpoint.write, name, slowed(name))
+    home, name = (MemoryFileSystem, "expand_path") if root else (os, "rmdir")
+    monkeypatch.setattr(home, name, interrupted(getattr(home, name)))
+    ft.simulate(fsdp=2)(saved)()
+    monkeypatch.undo()
+    assert removing.is_set() and not os.listdir(tmp_path)
+    assert not root or not MemoryFileSystem().find(str(tmp_path))
+
+
+def test_a_file_that_the_kernel_adds_late_is_removed(monkeypatch, tmp_path):
+    (tmp_path / "first").mkdir()
+    real, late = os.rmdir, iter([b"late"])
+
+    def rmdir(*args: Any, **options: Any) -> None:
+        for data in late:
+            next(tmp_path.iterdir()).joinpath("file").write_bytes(data)
+        real(*args, **options)
+
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    remove(locate(tmp_path / "first"))
+    assert not os.listdir(tmp_path)
+
+
+def test_what_a_killed_run_was_removing_is_removed(tmp_path):
+    (tmp_path / ".second.partial.0123").mkdir()
+    (tmp_path / ".second.partial").mkdir()
+    save(tmp_path / "second")
+    assert os.listdir(tmp_path) == ["second"]
 
 
 class FullDisk(MemoryFileSystem):

@@ -6,12 +6,15 @@ renamed; elsewhere the file of checksums comes last, and without it there is no 
 
 from __future__ import annotations
 
+import errno
+import glob
 import json
 import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO, NamedTuple, cast
+from uuid import uuid4
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -71,16 +74,38 @@ def publish(place: Place) -> None:
 
 
 def remove(place: Place) -> None:
-    """Remove a directory; first of all what makes it a checkpoint."""
+    """Remove a directory, at once for all who look: another rank may still write files, and makes no new ones in it."""
     with suppress(FileNotFoundError):
         if place.local:
-            if is_complete(place):
-                os.rename(place.path, hidden(place).path)
-                place = hidden(place)
-        else:
-            place.fs.rm(f"{place.path}/{CHECKSUMS}")
+            gone = _removed(place) + uuid4().hex  # under a name that nobody else writes to
+            os.rename(place.path, gone)
+            _remove_tree(place, gone)
+            return
+        place.fs.rm(f"{place.path}/{CHECKSUMS}")  # first of all what makes it a checkpoint
     with suppress(FileNotFoundError):
         place.fs.rm(place.path, recursive=True)
+
+
+def remove_leftovers(place: Place) -> None:
+    """Remove what a killed run has left of a checkpoint that it wrote or removed."""
+    remove(hidden(place))
+    if place.local:
+        for path in glob.glob(glob.escape(_removed(place)) + "*"):
+            _remove_tree(place, path)
+
+
+def _remove_tree(place: Place, path: str) -> None:
+    for last in (False, False, True):  # the kernel may still add a file whose opening began under the former name
+        try:
+            return place.fs.rm(path, recursive=True)
+        except OSError as error:
+            if last or error.errno != errno.ENOTEMPTY:
+                raise
+
+
+def _removed(place: Place) -> str:
+    path = place.path if place.path.endswith(HIDDEN) else hidden(place).path
+    return f"{path}."
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from functitan import tree
 from functitan.axes import Axes
-from functitan.checkpoint.files import clear_errors, hidden, is_empty, locate, publish, remove, sync
+from functitan.checkpoint.files import clear_errors, hidden, is_empty, locate, publish, remove_leftovers, sync
 from functitan.checkpoint.leaves import Block, Leaf, leaves_of
 from functitan.checkpoint.save import together
 from functitan.errors import CheckpointError, report
@@ -99,7 +99,7 @@ def to_huggingface(
             raise CheckpointError(report(what, [problem], "choose another path"))
         if writes:
             with clear_errors(what, _FIX_WRITE):
-                remove(hidden(place))
+                remove_leftovers(place)
                 target.mkdir(parents=True)
 
     def write() -> None:

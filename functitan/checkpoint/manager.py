@@ -203,7 +203,7 @@ class Manager:
         with suppress(FileNotFoundError):
             for path in fs.ls(root, detail=False):
                 name = os.path.basename(path.rstrip("/"))
-                if re.fullmatch(rf"\.step_\d+{re.escape(HIDDEN)}", name) or (
+                if re.fullmatch(rf"\.step_\d+{re.escape(HIDDEN)}(\..*)?", name) or (
                     re.fullmatch(r"step_\d+", name) and name not in whole
                 ):
                     fs.rm(f"{root}/{name}", recursive=True)

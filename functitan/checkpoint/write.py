@@ -25,6 +25,7 @@ from functitan.checkpoint.files import (
     publish,
     read,
     remove,
+    remove_leftovers,
     sealed,
     unsealed,
     write,
@@ -62,7 +63,7 @@ def part_of(leaves: list[Leaf], mesh: Mesh | None) -> Part:
 
 def announce(place: Place) -> None:
     """An empty hidden directory, with the file that stands for a write that goes on: who fails removes it."""
-    remove(hidden(place))  # of a run that was killed
+    remove_leftovers(place)
     place.fs.makedirs(hidden(place).path, exist_ok=True)
     write(hidden(place), GOES_ON, b"", durable=False)
 
@@ -182,17 +183,22 @@ def _wait(place: Place, timeout: float) -> None:
 
 
 def _give_up(place: Place, rank: int, error: Exception) -> None:
-    """Tell rank 0, which removes everything; where not even that can be written, remove it here."""
+    """Tell rank 0, which removes everything. Who finds that it has done so already removes what came after that."""
     lines = [line.removeprefix("  - ") for line in str(error).splitlines() if line.startswith("  - ")]
     lines = lines or [f"{type(error).__name__}: {error}"]
+    mark, record = (f"{hidden(place).path}/{name}" for name in (GOES_ON, _record_name(rank)))
     with suppress(OSError):
         if rank:
             with suppress(OSError):
-                place.fs.rm(f"{hidden(place).path}/__{rank}_0.distcp")
-            if place.fs.exists(f"{hidden(place).path}/{GOES_ON}"):
-                with suppress(OSError):
-                    write(hidden(place), _record_name(rank), sealed({"error": "; ".join(lines)}), durable=False)
+                if not place.fs.exists(record):  # of what is written to its end rank 0 may be making the checkpoint
+                    place.fs.rm(f"{hidden(place).path}/__{rank}_0.distcp")
+            with suppress(OSError):
+                write(hidden(place), _record_name(rank), sealed({"error": "; ".join(lines)}), durable=False)
+                place.fs.invalidate_cache()
+                if place.fs.exists(mark):
                     return
+        with suppress(FileNotFoundError):
+            place.fs.rm(mark)  # before the list of what to remove is made: what comes after finds no mark
         if place.local or not is_complete(place):
             remove(hidden(place))
 
