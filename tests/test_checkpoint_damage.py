@@ -192,7 +192,7 @@ def test_a_failed_save_leaves_nothing_of_a_slow_rank(monkeypatch, tmp_path, root
     def saved(mesh):
         params = ft.init(DECLARED, ft.random.key(0), mesh=mesh, rules=RULES)
         try:
-            with pytest.raises(CheckpointError, match="No space left|another rank failed"):
+            with pytest.raises(CheckpointError, match=r"No space left|another rank failed"):
                 ft.checkpoint.save(path, params, patterns=DECLARED, mesh=mesh, rules=RULES, timeout=30)
         finally:
             if mesh.rank == 1:

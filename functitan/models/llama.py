@@ -16,6 +16,7 @@ from functitan.errors import FunctitanError, report
 from functitan.models.language import bad_sizes, check_batch, check_params, mask_padding, next_token_loss, padded
 from functitan.nn import attention, rms_norm, swiglu
 from functitan.nn.rope import RopeScaling
+from functitan.ops.attention import attention as softmax_attention
 from functitan.ops.einsum import einsum
 from functitan.ops.lookup import take
 from functitan.param import Param, normal
@@ -94,12 +95,22 @@ def block_params(config: LlamaConfig) -> tree.Tree:
 
 
 def block(
-    params: tree.Tree, x: Tensor, config: LlamaConfig, positions: Tensor | None = None, segments: Tensor | None = None
+    params: tree.Tree,
+    x: Tensor,
+    config: LlamaConfig,
+    positions: Tensor | None = None,
+    segments: Tensor | None = None,
+    *,
+    attend: Callable[..., Tensor] = softmax_attention,
 ) -> Tensor:
-    """One block, "batch seq embed" to the same: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One block, "batch seq embed" to the same: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    `attend` replaces `ft.attention`, where keys and values come from a cache too.
+    """
     x = x + attention.apply(
         params["attention"], rms_norm.apply(params["attention_norm"], x, eps=config.norm_eps),
         theta=config.rope_theta, scaling=config.rope_scaling, positions=positions, segments=segments,
+        attend=attend,
     )  # fmt: skip
     return x + swiglu.apply(params["mlp"], rms_norm.apply(params["mlp_norm"], x, eps=config.norm_eps))
 

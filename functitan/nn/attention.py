@@ -5,6 +5,8 @@ Invariant: queries, keys and values are one op, so their input is gathered once 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from functitan import tree
@@ -59,10 +61,12 @@ def apply(
     causal: bool = True,
     positions: Tensor | None = None,
     segments: Tensor | None = None,
+    attend: Callable[..., Tensor] = attention,
 ) -> Tensor:
     """`x` and the result: "batch seq embed"; `positions` and `segments`: "batch seq".
 
-    Without `theta` nothing is rotated: positions then come with `x`. What the heads give is named "attn_out".
+    `attend` replaces `ft.attention`, where keys and values come from a cache too. Without `theta` nothing is rotated:
+    positions then come with `x`. What the heads give is named "attn_out".
     """
     q, k, v = einsum(
         "batch seq embed, embed heads head_dim, embed kv_heads head_dim, embed kv_heads head_dim"
@@ -77,7 +81,7 @@ def apply(
         q = rope.apply("batch seq heads head_dim", q, theta=theta, scaling=scaling, positions=positions)
         k = rope.apply("batch seq kv_heads head_dim", k, theta=theta, scaling=scaling, positions=positions)
     pattern = "batch seq heads head_dim, batch seq kv_heads head_dim"
-    out = attention(pattern, q, k, v, causal=causal, positions=positions, segments=segments)
+    out = attend(pattern, q, k, v, causal=causal, positions=positions, segments=segments)
     out = checkpoint_name(out, "attn_out")
     out = einsum("batch seq heads head_dim, heads head_dim embed -> batch seq embed", out, params["out"])
     return out + broadcast("embed -> batch seq embed", params["out_bias"]) if "out_bias" in params else out

@@ -41,6 +41,7 @@ def attention(
     causal: bool = False,
     positions: Tensor | None = None,
     segments: Tensor | None = None,
+    key_positions: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """softmax(q k^T scale) v: `"batch seq heads head_dim, batch seq kv_heads head_dim"` (queries; keys and values).
@@ -50,23 +51,31 @@ def attention(
     `positions` and `segments` (int64, the pattern of q without its last two axes) replace the places in the sequence,
     and keep tokens of different segments apart. `scale` is head_dim ** -0.5 by default. Raises `PatternError`.
 
+    With `key_positions` (int64, the pattern of k without its last two axes) keys have places of their own, as those of
+    a cache: `"batch seq heads head_dim, batch cache kv_heads head_dim"`. `causal` then needs `positions` too.
+
     >>> q = k = v = torch.ones(1, 3, 2, 4)
     >>> attention("batch seq heads head_dim, batch seq kv_heads head_dim", q, k, v, causal=True).shape
     torch.Size([1, 3, 2, 4])
     """
-    axes, kv_axes = _parse(pattern)
+    axes, kv_axes = _parse(pattern, key_positions is not None)
     env, label = current(), Label("attention", pattern)
     what, marks = f"attention({pattern!r})", (("positions", positions), ("segments", segments))
     given = [Operand("queries", q, axes, "float"), Operand("keys", k, kv_axes), Operand("values", v, kv_axes)]
     given += [Operand(name, x, axes[:-2], "int") for name, x in marks if x is not None]
+    if key_positions is not None:
+        given.append(Operand("key_positions", key_positions, kv_axes[:-2], "int"))
     check_operands(what, *given, alike=True)
     q, k, v = in_compute((q, k, v), env.precision)
-    own = _Marks(positions, segments)
+    own = keys = _Marks(positions, segments)
+    if key_positions is not None:
+        _check_own_places(pattern, causal, own)
+        keys = _Marks(key_positions, None)
     if env.mesh is None:
         _check_heads(pattern, q.shape[-2], k.shape[-2])
-        mask = _mask(own, own, causal, q, 0, k.shape[-3])
+        mask = _mask(own, keys, causal, q, 0, k.shape[-3])
         return _sdpa(q, k, v, mask, causal and mask is None, scale, env, label)
-    return _sharded(axes, kv_axes, q, k, v, own, causal, scale, env, label)
+    return _sharded(axes, kv_axes, q, k, v, own, keys, causal, scale, env, label)
 
 
 def _sharded(
@@ -76,6 +85,7 @@ def _sharded(
     k: Tensor,
     v: Tensor,
     marks: _Marks,
+    key_marks: _Marks,
     causal: bool,
     scale: float | None,
     env: Env,
@@ -85,7 +95,7 @@ def _sharded(
     assert env.mesh is not None
     seq, heads, head_dim = axes[-3:]
     kv_heads = kv_axes[-2]
-    given = [q, k, v, *(x for x in marks if x is not None)]
+    given = [q, k, v, *(x for x in (*marks, *key_marks) if x is not None)]
     every = tuple(sorted({hidden for x in given for hidden in hidden_axes(x, env)}))
     q, k, v = (lift(Type(its), x, every, env, label) for its, x in ((axes, q), (kv_axes, k), (kv_axes, v)))
     (lq, lk), sizes = _layouts(axes, kv_axes, q, k, env, label)
@@ -106,13 +116,12 @@ def _sharded(
             _heads_of_group(x, env.mesh.index(lq.of(heads)) * q.shape[-2], q.shape[-2], sizes[heads] // sizes[kv_heads])
             for x in (k, v)
         )
-    marks_axes = axes[:-2]
     rows = Layout(work.axes[:-2], work.dims[:-2])
-    columns = Layout(
-        rows.axes, tuple(() if axis == seq else dims for axis, dims in zip(rows.axes, rows.dims, strict=True))
+    columns = Layout(kv_axes[:-2], (*rows.dims[:-1], ()))
+    of_rows, of_columns = (
+        _Marks(*(None if x is None else _to(layout.axes, x, layout, env, label) for x in its))
+        for its, layout in ((marks, rows), (key_marks, columns))
     )
-    of_rows = _Marks(*(None if x is None else _to(marks_axes, x, rows, env, label) for x in marks))
-    of_columns = _Marks(*(None if x is None else _to(marks_axes, x, columns, env, label) for x in marks))
     mask = _mask(of_rows, of_columns, causal, q, first, k.shape[-3], everywhere=bool(lq.of(seq)))
     out = _sdpa(q, k, v, mask, causal and mask is None, scale, env, label)
     typed = Contraction((Type(axes, layout=work),), (Type(axes),), (Term(0, (0,)),), ())  # type: ignore[arg-type]
@@ -197,7 +206,7 @@ def _kernel(
 
 
 @cache
-def _parse(pattern: str) -> tuple[Axes, Axes]:
+def _parse(pattern: str, own_places: bool) -> tuple[Axes, Axes]:
     operands = parse_operands(pattern)
     problems = []
     if len(operands) != 2:
@@ -208,7 +217,7 @@ def _parse(pattern: str) -> tuple[Axes, Axes]:
             problems.append(
                 f"{write_axes(q)!r} and {write_axes(kv)!r}: each has batch axes, positions, heads, head_dim"
             )
-        elif q[:-2] != kv[:-2] or q[-1] != kv[-1]:
+        elif q[:-3] != kv[:-3] or q[-1] != kv[-1] or (q[-3] != kv[-3] and not own_places):
             problems.append(f"{write_axes(q)!r} and {write_axes(kv)!r} differ in more than the heads")
     if problems:
         raise PatternError(report(f"attention({pattern!r})", problems, _FIX))
@@ -220,6 +229,14 @@ def _check_heads(pattern: str, heads: int, kv_heads: int) -> None:
         problem = f"{heads} heads are not a multiple of {kv_heads} kv heads"
         fix = "each kv head serves the same number of heads: give a divisor of them"
         raise PatternError(report(f"attention({pattern!r})", [problem], fix))
+
+
+def _check_own_places(pattern: str, causal: bool, marks: _Marks) -> None:
+    problems = [] if marks.segments is None else ["segments are of queries alone"]
+    problems += ["causal, without positions of the queries"] if causal and marks.positions is None else []
+    if problems:
+        fix = "with key_positions= give positions= of the queries, and no segments"
+        raise PatternError(report(f"attention({pattern!r})", problems, fix))
 
 
 _FIX = "write 'batch seq heads head_dim, batch seq kv_heads head_dim'"
