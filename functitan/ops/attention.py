@@ -117,10 +117,10 @@ def _sharded(
             for x in (k, v)
         )
     rows = Layout(work.axes[:-2], work.dims[:-2])
-    columns = Layout(kv_axes[:-2], (*rows.dims[:-1], ()))
+    columns = Layout((*rows.axes[:-1], kv_axes[-3]), (*rows.dims[:-1], ()))
     of_rows, of_columns = (
-        _Marks(*(None if x is None else _to(layout.axes, x, layout, env, label) for x in its))
-        for its, layout in ((marks, rows), (key_marks, columns))
+        _Marks(*(None if x is None else _to(names, x, layout, env, label) for x in its))
+        for its, names, layout in ((marks, axes[:-2], rows), (key_marks, kv_axes[:-2], columns))
     )
     mask = _mask(of_rows, of_columns, causal, q, first, k.shape[-3], everywhere=bool(lq.of(seq)))
     out = _sdpa(q, k, v, mask, causal and mask is None, scale, env, label)
