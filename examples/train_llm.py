@@ -5,6 +5,7 @@
     torchrun --nproc-per-node=2 examples/train_llm.py --mesh fsdp=2           # two processes
     python examples/train_llm.py --data allenai/c4:en --encoding gpt2         # any Hugging Face dataset, any encoding
     python examples/train_llm.py --checkpoints runs/checkpoints               # again: goes on, on any of these meshes
+    python examples/train_llm.py --validate-every 20                          # the loss of text that is held out
 
 Writes metrics.jsonl and loss.png into --out, and prints a sample of what the model has learned to write. With
 --profile also trace.json, of the third step, for https://ui.perfetto.dev, and prints where its time went.
@@ -26,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import functitan as ft
 from functitan.models import llama
+from functitan.models.generate import generate
 
 
 def main() -> None:
@@ -40,7 +42,7 @@ def main() -> None:
 
 def train(mesh, args, stop) -> list[float]:
     """The whole run on one rank; the loss of every step."""
-    stream = ft.data.token_stream(documents(args.data), ft.data.encoding(args.encoding), args.seq, args.batch)
+    stream = ft.data.token_stream(documents(args.data, "train"), ft.data.encoding(args.encoding), args.seq, args.batch)
     config = llama.CONFIGS[args.config]._replace(vocab_size=stream.encoding.n_vocab)
     declared, rules = llama.params(config), llama.RULES
     optim = ft.optim
@@ -55,7 +57,8 @@ def train(mesh, args, stop) -> list[float]:
     if saves is not None:
         state = saves.restore(state) or state
     done = int(state["train"].step)
-    report, losses = reporter(args, config, declared, mesh, done), []
+    report, losses, validated = reporter(args, config, declared, mesh, done), [], {}
+    validate = validator(args, config, stream.encoding, mesh) if args.validate_every else None
     for n in range(done, args.steps):
         batch, cursor = stream.next_batch(state["cursor"])
         batch = ft.tree.map(lambda x: x.to(args.device), batch)
@@ -66,13 +69,17 @@ def train(mesh, args, stop) -> list[float]:
         state = {"train": new, "cursor": cursor}
         if profile is not None:
             print(f"step {n + 1}, in {profile.path}:\n{profile.breakdown}")
-        waited = {} if saves is None else saves.step(n + 1, state)
-        report(losses, cursor, waited)
+        notes = {} if saves is None else saves.step(n + 1, state)
+        if validate is not None and (n + 1) % args.validate_every == 0:
+            notes |= validate(new.params)
+            validated[n + 1] = notes["validation_loss"]
+        report(losses, cursor, notes)
         if saves is not None and saves.stopping:
             break
     if saves is not None:
         saves.wait()
-    report(losses, state["cursor"], text=sample(state["train"].params, config, stream.encoding, args, mesh))
+    text = sample(state["train"].params, config, stream.encoding, args, mesh)
+    report(losses, state["cursor"], validated, text)
     return losses
 
 
@@ -83,23 +90,38 @@ def manager(args, stop) -> ft.checkpoint.Manager | None:
     return ft.checkpoint.Manager(args.checkpoints, every_steps=args.save_every, keep_last=2, stop=stop)
 
 
+def validator(args, config, encoding, mesh):
+    """A function from parameters to the loss over the first batches of the validation split, each time the same."""
+    stream = ft.data.token_stream(documents(args.data, args.validation_split), encoding, args.seq, args.batch)
+    loss = ft.spmd(partial(llama.loss, config=config), mesh=mesh, rules=llama.RULES)
+
+    def validate(params) -> dict[str, float]:
+        start, cursor, parts = time.perf_counter(), ft.data.Cursor(), []
+        while len(parts) < args.validation_batches and cursor.epoch == 0:
+            batch, cursor = stream.next_batch(cursor)
+            batch = ft.tree.map(lambda x: x.to(args.device), batch)
+            parts.append(torch.stack(loss(params, ft.shard(batch, ft.data.BATCH, mesh=mesh, rules=llama.RULES))))
+        total, count = torch.stack(parts).sum(0).tolist()
+        return {"validation_loss": total / count, "validation_seconds": time.perf_counter() - start}
+
+    return validate
+
+
 def sample(params, config, encoding, args, mesh) -> str:
     """`args.sample` tokens that follow a prompt. The rules keep batch and seq whole: one example is not divisible."""
+    if not args.sample:
+        return ""
     rules = llama.RULES.replace(batch=None, seq=None)
-    forward = ft.spmd(partial(llama.apply, config=config), mesh=mesh, rules=rules)
-    tokens = encoding.encode("def ")
-    for i in range(args.sample):
-        logits = forward(params, torch.tensor([tokens[-args.seq :]], device=args.device))[:, -1]
-        whole = ft.unshard(logits, "batch vocab", mesh=mesh, rules=rules)[0].cpu() / 0.8
-        noise = ft.random.uniform(ft.random.fold_in(ft.random.key(args.seed), i), (len(whole),))
-        tokens.append(int((whole - (-noise.clamp(min=1e-20).log()).log()).argmax()))  # Gumbel's way to sample
-    return encoding.decode(tokens)
+    key = ft.random.key(args.seed).to(args.device)
+    write = partial(generate, config=config, key=key, max_new_tokens=args.sample, temperature=0.8)
+    prompt = torch.tensor([encoding.encode("def ")], device=args.device)
+    return encoding.decode(ft.spmd(write, mesh=mesh, rules=rules)(params, prompt)[0].tolist())
 
 
 def reporter(args, config, declared, mesh, done):
     """A function that shows and stores the progress after step `done`: on the first rank only."""
     if not is_first(mesh):
-        return lambda losses, cursor, waited=None, text=None: None
+        return lambda losses, cursor, notes, text=None: None
     ranks = 1 if mesh is None or args.simulate else mesh.size()
     flops = ft.metrics.flops_per_token(declared, config.num_layers, config.num_heads, config.head_dim, args.seq)
     peak = ft.metrics.measure_peak_flops(device=args.device) * ranks
@@ -115,27 +137,28 @@ def reporter(args, config, declared, mesh, done):
     task = bar.add_task("loss", total=args.steps, completed=done)
     bar.start()
 
-    def report(losses, cursor, waited=None, text=None) -> None:
+    def report(losses, cursor, notes, text=None) -> None:
         if text is not None:
             bar.stop()
             log.close()
             if not losses:
                 print(f"step {done} of {args.steps} is done already. A sample:\n{text}")
                 return
-            plot(losses, out / "loss.png", done)
+            plot(losses, notes, out / "loss.png", done)
             print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; curve in {out}/loss.png. A sample:\n{text}")
             return
         now = time.perf_counter()
-        speed = args.batch * args.seq / (now - started[0])
+        speed = args.batch * args.seq / (now - started[0] - notes.get("validation_seconds", 0.0))
         row = {"step": done + len(losses), "loss": losses[-1], "tokens_per_second": round(speed)}
         row |= {"cursor": tuple(cursor), "mfu": round(speed * flops / peak, 4)}
-        row |= {"memory_mib": ft.metrics.memory_bytes() >> 20} | (waited or {})
+        row |= {"memory_mib": ft.metrics.memory_bytes() >> 20} | notes
         started[0] = now
         log.write(json.dumps(row) + "\n")
         log.flush()
         line = f"loss {losses[-1]:.3f}  {speed:.0f} tokens/s  MFU {row['mfu']:.0%}  {row['memory_mib']} MiB"
+        line += f"  validation {notes['validation_loss']:.3f}" if "validation_loss" in notes else ""
         bar.update(task, advance=1, description=line)
-        if not console.is_terminal and (len(losses) == 1 or len(losses) % 10 == 0):
+        if not console.is_terminal and (len(losses) == 1 or len(losses) % 10 == 0 or "validation_loss" in notes):
             print(f"step {done + len(losses)}/{args.steps}  {line}", flush=True)
 
     return report
@@ -145,25 +168,33 @@ def is_first(mesh) -> bool:
     return mesh is None or ft.as_mesh(mesh).rank == 0
 
 
-def plot(losses: list[float], path: Path, done: int) -> None:
-    """The loss of every step, and its running mean."""
+def plot(losses: list[float], validated: dict[int, float], path: Path, done: int) -> None:
+    """The loss of every step, its running mean, and the validation loss."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     smooth = [sum(losses[max(0, i - 9) : i + 1]) / len(losses[max(0, i - 9) : i + 1]) for i in range(len(losses))]
     axes.plot(range(done + 1, done + len(losses) + 1), losses, color="tab:blue", alpha=0.3, label="loss of each step")
     axes.plot(range(done + 1, done + len(losses) + 1), smooth, color="tab:blue", label="mean of the last 10")
+    if validated:
+        axes.plot(list(validated), list(validated.values()), "o-", color="tab:orange", label="validation")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title="Training loss")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
 
 
-def documents(name: str):
-    """Python's standard library, or a Hugging Face dataset as path or path:name."""
+def documents(name: str, split: str):
+    """A split of Python's standard library, of which 5% are held out, or of a Hugging Face dataset: path or path:name.
+
+    The split "train" is always the same, so that checkpoints go on whether a run validates or not.
+    """
     if name == "stdlib":
-        return ft.data.stdlib_documents()
+        known = dict(zip(("train", "validation"), ft.data.split(ft.data.stdlib_documents()), strict=True))
+        if split not in known:
+            raise SystemExit(f"--validation-split {split}: the standard library has the splits {', '.join(known)}")
+        return known[split]
     path, _, part = name.partition(":")
-    return ft.data.huggingface_documents(path, part or None)
+    return ft.data.huggingface_documents(path, part or None, split)
 
 
 def parse() -> argparse.Namespace:
@@ -179,6 +210,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sample", type=int, default=200, help="tokens of the sample at the end")
+    parser.add_argument("--validate-every", type=int, default=0, help="steps between validations; 0: none")
+    parser.add_argument("--validation-split", default="validation", help="the split of --data to validate on")
+    parser.add_argument("--validation-batches", type=int, default=16, help="at most so many batches of that split")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--profile", action="store_true", help="write a chrome trace of the third step")
     parser.add_argument("--checkpoints", default="", help="folder or fsspec URL to save the run to, and to go on from")

@@ -6,12 +6,15 @@ import json
 import runpy
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 import functitan as ft
+from functitan.models import llama
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TINY = ["--steps", "3", "--batch", "4", "--seq", "32", "--sample", "3"]
@@ -72,6 +75,36 @@ def test_train_llm_goes_on_from_its_checkpoints_on_another_mesh(tmp_path):
     assert [row["step"] for row in rows] == [1, 2, 3] and all("checkpoint_wait" in row for row in rows)
     # float32 sums in other orders, and a schedule that ends after 2 steps or 3: its first two steps are the same
     torch.testing.assert_close([row["loss"] for row in rows], whole, rtol=1e-4, atol=0)
+
+
+def test_train_llm_validates_on_text_that_is_held_out(tmp_path):
+    """The losses are the same on every mesh, and go down: what is learned of some files holds in others."""
+    script, losses = [sys.executable, str(EXAMPLES / "train_llm.py"), *TINY, "--seq", "128", "--steps", "6"], []
+    for name, more in {"plain": [], "virtual": ["--mesh", "fsdp=2,tp=2", "--simulate"]}.items():
+        out = tmp_path / name
+        options = ["--validate-every", "2", "--validation-batches", "2", "--out", str(out)]
+        done = subprocess.run([*script, *options, *more], capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows if "validation_loss" in row] == [2, 4, 6]
+        losses.append([row["validation_loss"] for row in rows if "validation_loss" in row])
+        assert losses[-1][2] < losses[-1][0]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=0)  # float32 sums in other orders
+
+
+def test_validation_is_the_loss_of_the_named_split(tmp_path):
+    """Of a folder of texts; the oracle is torch's cross entropy of one pass over all rows of the split."""
+    example = runpy.run_path(str(EXAMPLES / "train_llm.py"))
+    for split, text in {"train": "a" * 99, "test": "abc" * 53}.items():
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"text": text}))
+    args = Namespace(data=str(tmp_path), validation_split="test", seq=16, batch=2, validation_batches=5, device="cpu")
+    config, encoding = llama.DEBUG._replace(num_layers=1, vocab_size=257), ft.data.byte_encoding()
+    params = ft.init(llama.params(config), ft.random.key(0))
+    found = example["validator"](args, config, encoding, None)(params)["validation_loss"]
+    tokens = torch.tensor([*(b"abc" * 53), 256, ord("a")])  # the epoch after gives the last label
+    rows = tokens[:160].view(10, 16), tokens[1:].view(10, 16)
+    expected = cross_entropy(llama.apply(params, rows[0], config).flatten(0, 1), rows[1].flatten())
+    torch.testing.assert_close(found, expected.item(), rtol=1e-5, atol=0)  # float32 sums in other orders
 
 
 @pytest.mark.parametrize("sizes", [dict(fsdp=2), dict(tp=2), dict(dp=2, fsdp=2, tp=2)], ids=str)
