@@ -7,7 +7,9 @@
 A tiny Llama takes two steps (clip that acts, SGD) in float64. A cell has the largest relative difference of the losses
 and that of the gradients from the plain eager run on the same mesh in the same dtype, `=` where they are equal bit for
 bit. ft.precision in float32 is held against plain float32, in bfloat16 against bfloat16 alone. Passes are held against
-the captured graph without any. Ends with 1 where a cell is worse than its class allows.
+the captured graph without any. Ends with 1 where a cell is worse than its class allows. In float32 the gradients of
+this model lie up to 6e-7 from those in float64, captured or not: embeddings begin at unit size, where a block's
+cancellations are small.
 """
 
 from __future__ import annotations
@@ -34,8 +36,10 @@ from functitan.capture.passes.table import PASSES, run_passes
 from functitan.capture.trace import Program, trace
 from functitan.models import llama
 from functitan.optim.state import zeros_beside
+from functitan.param import normal
 
-CONFIG = llama.LlamaConfig(61, 16, 2, 4, 2, 4, 32, rope_theta=10000.0)
+CONFIG = llama.LlamaConfig(61, 16, 1, 4, 2, 4, 32, rope_theta=10000.0)
+OF_PASSES = CONFIG._replace(num_layers=2)  # which join and keep apart what blocks send
 RULES = llama.RULES
 STORED = RULES.replace(embed=None, mlp=("fsdp", "tp"))  # of optimizer state: another table than the parameters'
 BATCH, SEQ, STEPS = 4, 8, 2
@@ -85,7 +89,8 @@ WRAPPERS: dict[str, Callable[[Setup], Setup]] = {  # of a pair, the first is the
     "checked": with_(check=True),
     "jit": with_(backend="graph"),
     "jit inductor": with_(backend="inductor"),
-    # one line for each further wrapper: "compile": lambda setup: setup._replace(block=ft.compile(setup.block))
+    "compile": lambda setup: setup._replace(block=ft.compile(setup.block, backend="graph")),
+    "compile inductor": lambda setup: setup._replace(block=ft.compile(setup.block)),
 }
 
 # What may differ, and why. All else is equal bit for bit.
@@ -93,10 +98,13 @@ SUMS = {
     "accumulate 1": "gradients of a replica are added before they are reduced, and divided after",
     "accumulate 2": "gradients of microbatches are added: another order of summation",
     "optim.stored": "the norm that clips is summed over other shards",
-    "jit": "kernels that torch decomposes sum in another order",
+    "jit": "kernels that torch decomposes sum in another order: silu, and the softmax in the loss",
+    "compile": "as jit",
+    "compile inductor": "as jit inductor",
     "jit inductor": "fused kernels sum in another order; its cos and sin of rope's float32 angles round otherwise",
     "merge_reductions": "a sum over ranks of a sum, instead of a sum of sums over ranks",
 }
+INDUCTOR = "jit inductor", "compile inductor"
 EXACT = 1e-12  # float64
 CLOSE = 1e-6  # float32
 ROUNDED = 2**-5  # bfloat16 has 8 bits: what is rounded at another place differs by some of its last
@@ -127,8 +135,9 @@ def text() -> dict[str, Tensor]:
     return {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
 
 
-def declared(dtype: torch.dtype) -> ft.tree.Tree:
-    return ft.tree.map(lambda p: ft.Param(p.pattern, p.shape, p.init, dtype), llama.params(CONFIG))
+def declared(dtype: torch.dtype, config: llama.LlamaConfig = CONFIG) -> ft.tree.Tree:
+    init = lambda p: normal(1.0) if p.pattern == "vocab embed" else p.init  # well-conditioned: see above
+    return ft.tree.map(lambda p: ft.Param(p.pattern, p.shape, init(p), dtype), llama.params(config))
 
 
 def loss_of(setup: Setup) -> Callable[..., Any]:
@@ -195,7 +204,7 @@ def limit_of(names: tuple[str, ...]) -> float:
         return 0.0
     if "precision bfloat16" in names:
         return ROUNDED
-    return CLOSE if {"precision float32", "jit inductor"} & {*names} else EXACT
+    return CLOSE if {"precision float32", "jit inductor", "compile inductor"} & {*names} else EXACT
 
 
 def wrappers(mesh: Any, names: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], Cell]:
@@ -219,9 +228,9 @@ def pass_sets() -> list[tuple[str, ...]]:
 def captured(mesh: Any) -> tuple[Program, list[Tensor], list[Tensor]]:
     """The captured loss and gradients of one rank, what to run them on, and what they give eagerly."""
     batch = ft.shard(text(), "batch seq", mesh=mesh, rules=RULES)
-    params = ft.init(declared(torch.float64), ft.random.key(0), mesh=mesh, rules=RULES)
+    params = ft.init(declared(torch.float64, OF_PASSES), ft.random.key(0), mesh=mesh, rules=RULES)
     leaves, structure = ft.tree.flatten(params)
-    mean = lambda params, batch: (lambda total, count: total / count)(*llama.loss(params, batch, CONFIG))
+    mean = lambda params, batch: (lambda total, count: total / count)(*llama.loss(params, batch, OF_PASSES))
     fn = ft.spmd(ft.value_and_grad(mean), mesh=mesh, rules=RULES)
 
     def flat(tokens: Tensor, labels: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
@@ -231,18 +240,25 @@ def captured(mesh: Any) -> tuple[Program, list[Tensor], list[Tensor]]:
     return trace(flat, tuple(inputs)), inputs, list(flat(*inputs))
 
 
-def after(program: Program, names: tuple[str, ...]) -> Program:
-    """What these passes make of a copy."""
-    graph = GraphModule(program.graph, copy.deepcopy(program.graph.graph))
-    return run_passes(program._replace(graph=graph), names)
+def after(program: Program) -> Callable[[tuple[str, ...]], Program]:
+    """What passes make of it; those that begin alike run once."""
+
+    @cache
+    def made(names: tuple[str, ...]) -> Program:
+        before = made(names[:-1]) if names else program
+        graph = GraphModule(before.graph, copy.deepcopy(before.graph.graph))
+        return run_passes(before._replace(graph=graph), names[-1:])
+
+    return made
 
 
 def passes(mesh: Any, sets: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], Cell]:
     """A cell for each set of passes, on one rank, against the graph without any; that one against the eager run."""
     program, inputs, eager = captured(mesh)
+    made = after(program)
 
     def results(names: tuple[str, ...]) -> list[Tensor]:
-        changed = after(program, names)
+        changed = made(names)
         count = len(list(changed.graph.graph.nodes)[-1].args[0])
         return compiled(changed, (None,) * count, "graph")(list(inputs))
 
@@ -256,8 +272,8 @@ def passes(mesh: Any, sets: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], 
 
 def every_wrapper(inductor: str) -> list[tuple[str, ...]]:
     """Each wrapper and each pair; Inductor "alone", also in "pairs", or in "none"."""
-    alone = [(name,) for name in WRAPPERS if name != "jit inductor" or inductor != "none"]
-    pairs = [pair for pair in combinations(WRAPPERS, 2) if inductor == "pairs" or "jit inductor" not in pair]
+    alone = [(name,) for name in WRAPPERS if name not in INDUCTOR or inductor != "none"]
+    pairs = [pair for pair in combinations(WRAPPERS, 2) if inductor == "pairs" or not {*INDUCTOR} & {*pair}]
     return [*alone, *pairs]
 
 
@@ -297,27 +313,31 @@ def on_mesh(name: str, inductor: str) -> tuple[Cells, Cells]:
 
 
 Rows = list[list[str]]
+Key = Callable[..., tuple[str, ...] | None]
 
 
-def matrix(cells: Cells, names: list[str], key: Callable[..., tuple[str, ...]]) -> Rows:
-    """What is alone on the diagonal, pairs above it; columns are numbered as rows are."""
+def matrix(cells: Cells, names: list[str], above: Key, below: Key) -> Rows:
+    """What is alone on the diagonal, pairs above it and, of another key, below it; columns are numbered as rows are."""
     rows = [["", *(str(i + 1) for i in range(len(names)))]]
     for i, name in enumerate(names):
-        cell = lambda j: cells.get(key(names[i], names[j]) if i != j else key(names[i]))  # noqa: B023
-        rows.append([f"{i + 1} {name}", *("" if j < i else str(cell(j) or "-") for j in range(len(names)))])
+        key = lambda j: above(name) if i == j else (above if i < j else below)(name, names[j])  # noqa: B023
+        rows.append([f"{i + 1} {name}", *(str(cells.get(key(j), "")) for j in range(len(names)))])
     return rows
 
 
 def tables(name: str, of_wrappers: Cells, of_passes: Cells) -> list[tuple[str, Rows]]:
-    off = lambda *names: tuple(p for p in PASSES if p not in names)
-    alone = [["captured", "against"], [str(of_passes[()]), "no pass, against eager"]]
-    alone.append([str(of_passes[tuple(PASSES)]), "all passes, against none"])
-    on = lambda *names: tuple(p for p in PASSES if p in names)
+    ordered = lambda names: tuple(p for p in PASSES if p in names)
+    only, without = lambda *names: ordered(names), lambda *names: ordered({*PASSES} - {*names})
+    passes = matrix(of_passes, list(PASSES), only, without)
+    for row, name_ in zip(passes, ["all but this", *PASSES], strict=True):
+        row.append(name_ if row is passes[0] else str(of_passes[without(name_)]))
     return [
-        (f"{name}: wrappers", matrix(of_wrappers, list(WRAPPERS), lambda *names: names)),
-        (f"{name}: the captured graph", alone),
-        (f"{name}: passes, these on and no others", matrix(of_passes, list(PASSES), on)),
-        (f"{name}: passes, these off and all others on", matrix(of_passes, list(PASSES), off)),
+        (f"{name}: wrappers", matrix(of_wrappers, list(WRAPPERS), lambda *names: names, lambda *_: None)),
+        (
+            f"{name}: passes, only these (above) or all but these (below); "
+            f"all: {of_passes[tuple(PASSES)]}; none, against eager: {of_passes[()]}",
+            passes,
+        ),
     ]
 
 
@@ -342,6 +362,14 @@ def legend() -> str:
     )
 
 
+def sizes() -> str:
+    return (
+        f"torch {torch.__version__}; batch {BATCH}, seq {SEQ}, {STEPS} steps, {CONFIG}, and "
+        f"{OF_PASSES.num_layers} layers where passes are shown. An empty cell is a pair of which one undoes the other, "
+        "or of Inductor, which is shown alone (virtual meshes run captured graphs without it)."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mesh", action="append", help=f"one of {MESHES}, or another; default: all of these")
@@ -350,7 +378,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     console, wrong = Console(width=max(160, Console().width)), 0
-    parts = [f"# Combinations\n\n```\n{__doc__.strip()}\n```\n\n{legend()}\n\ntorch {torch.__version__}"]
+    parts = [f"# Combinations\n\n```\n{__doc__.strip()}\n```\n\n{legend()}\n\n{sizes()}"]
     for name in args.mesh or MESHES:
         of_wrappers, of_passes = on_mesh(name, "pairs" if args.inductor_pairs else "alone")
         bad = [key for cells in (of_wrappers, of_passes) for key, cell in cells.items() if not cell.right]

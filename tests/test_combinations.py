@@ -13,7 +13,8 @@ import functitan as ft
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import combinations as table  # type: ignore[import-not-found]
 
-ALONE = [(name,) for name in table.WRAPPERS if name != "jit inductor"]  # which tests of ft.jit compile
+ALONE = [(name,) for name in table.WRAPPERS if name not in table.INDUCTOR]  # which tests of ft.jit compile
+ON_A_MESH = "remat names", "precision float32", "accumulate 2", "optim.stored", "checked", "compile"
 
 
 def wrong(cells) -> dict:
@@ -24,13 +25,13 @@ def test_every_wrapper_leaves_losses_and_gradients_unchanged():
     assert wrong(table.wrappers(None, ALONE)) == {}
 
 
-def test_every_wrapper_does_so_on_a_mesh():
-    on_ranks = ft.simulate(fsdp=2)(lambda mesh: table.wrappers(mesh, [names for names in ALONE if names != ("jit",)]))()
+def test_wrappers_of_each_kind_do_so_on_a_mesh():
+    on_ranks = ft.simulate(fsdp=2)(lambda mesh: table.wrappers(mesh, [(name,) for name in ON_A_MESH]))()
     assert wrong(table.worst(on_ranks)) == {}
 
 
-def test_every_pass_alone_and_every_pair_left_out_does_so_on_a_mesh():
-    sets = [names for names in table.pass_sets() if len(names) != 2]  # tests/test_passes.py has each pair alone
+def test_all_passes_but_one_do_so_on_a_mesh():  # tests/test_passes.py has each alone, and each pair
+    sets = [names for names in table.pass_sets() if len(names) >= len(table.PASSES) - 1]
     on_ranks = ft.simulate(fsdp=2)(lambda mesh: table.passes(mesh, sets))()
     assert wrong(table.worst(on_ranks)) == {}
 
