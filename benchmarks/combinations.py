@@ -313,7 +313,7 @@ def on_mesh(name: str, inductor: str) -> tuple[Cells, Cells]:
 
 
 Rows = list[list[str]]
-Key = Callable[..., tuple[str, ...] | None]
+Key = Callable[..., tuple[str, ...]]
 
 
 def matrix(cells: Cells, names: list[str], above: Key, below: Key) -> Rows:
@@ -327,12 +327,13 @@ def matrix(cells: Cells, names: list[str], above: Key, below: Key) -> Rows:
 
 def tables(name: str, of_wrappers: Cells, of_passes: Cells) -> list[tuple[str, Rows]]:
     ordered = lambda names: tuple(p for p in PASSES if p in names)
+    in_turn = lambda *names: names  # of wrappers, none the other way round
     only, without = lambda *names: ordered(names), lambda *names: ordered({*PASSES} - {*names})
     passes = matrix(of_passes, list(PASSES), only, without)
     for row, name_ in zip(passes, ["all but this", *PASSES], strict=True):
         row.append(name_ if row is passes[0] else str(of_passes[without(name_)]))
     return [
-        (f"{name}: wrappers", matrix(of_wrappers, list(WRAPPERS), lambda *names: names, lambda *_: None)),
+        (f"{name}: wrappers", matrix(of_wrappers, list(WRAPPERS), in_turn, in_turn)),
         (
             f"{name}: passes, only these (above) or all but these (below); "
             f"all: {of_passes[tuple(PASSES)]}; none, against eager: {of_passes[()]}",

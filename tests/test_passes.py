@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import cache
 from itertools import combinations
 
 import pytest
@@ -67,10 +68,14 @@ def test_every_pass_and_pair_of_passes_leaves_losses_and_gradients_unchanged(siz
     def on_each_rank(mesh):
         program, inputs = gradients_of_llama(mesh, CONFIG._replace(num_layers=1))
         plain, sent = results(program, inputs), sum(entry.bytes for entry in program.entries())
+        made = cache(lambda names: after(made(names[:-1]), names[-1:]) if names else program)  # passes run in order
+        ran = {program.graph.code}  # the same code on the same inputs gives the same numbers
         for names in PAIRS if sizes == PAIRED else ALONE:
-            changed = after(program, names)
-            for x, y in zip(plain, results(changed, inputs), strict=True):
-                assert torch.equal(x, y), names  # bitwise: no order of summation changes
+            changed = made(names)
+            if changed.graph.code not in ran:
+                ran.add(changed.graph.code)
+                for x, y in zip(plain, results(changed, inputs), strict=True):
+                    assert torch.equal(x, y), names  # bitwise: no order of summation changes
             if not {"merge_equal", "keep_gathered"} & {*names}:  # these gather less
                 assert sum(entry.bytes for entry in changed.entries()) == sent
 
@@ -85,6 +90,8 @@ def blocks_of(mesh, layers: int, names=tuple(PASSES)) -> list[tuple[str, str, tu
 
 def test_a_block_takes_at_most_two_collectives_in_each_direction_of_fsdp():
     def more(mesh):  # of a further layer
+        if mesh.rank:  # tracing waits for no other rank
+            return None
         two, three = blocks_of(mesh, 2), blocks_of(mesh, 3)
         return [
             sum(phase == its[0] for its in three) - sum(phase == its[0] for its in two)
@@ -111,7 +118,7 @@ def test_a_graph_without_collectives_is_untouched():
 
 def test_kept_gathers_are_one_for_each_weight():
     def gathers(mesh):
-        program, inputs = gradients_of_llama(mesh)
+        program, inputs = gradients_of_llama(mesh, CONFIG._replace(num_layers=1))
         kept = after(program, ("merge_equal", "keep_gathered"))
         for x, y in zip(results(program, inputs), results(kept, inputs), strict=True):
             assert torch.equal(x, y)
@@ -240,7 +247,7 @@ def test_only_products_that_onednn_does_faster_are_its_own(monkeypatch):
     fn, args = gated(1)
     graph = products.choose_products(ft.jit(fn, backend="graph").graph(*args))
     targets = [str(node.target) for node in graph.graph.nodes]
-    assert targets.count("functitan.product.default") == 6  # forward, and cotangents of activations
+    assert targets.count("functitan.product.default") == 4  # forward, and the cotangent of what `down` reads
     assert targets.count("aten.mm.default") == 3  # xᵀ g, of weights
 
 
