@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from llama_module import batches
-from programs import Program
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from train_steps import Program
 
 import functitan as ft
 from functitan.models.llama import LlamaConfig

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 
 import torch
 from contest import Group, Sizes, compete, table
-from programs import fsdp, functitan, jax, module, tensor_parallel
+from train_steps import fsdp, functitan, jax, module, tensor_parallel
 
 from functitan.models.llama import CONFIGS, LlamaConfig
 

@@ -40,7 +40,8 @@ def losses(step, mesh=None, count: int = 4) -> list[float]:
 def test_a_captured_step_gives_the_losses_of_the_step(donate):
     plain = losses(ft.train_step(loss, TX))
     graph = losses(ft.jit(ft.train_step(loss, TX, donate=donate), donate=0, backend="graph"))
-    assert graph == pytest.approx(plain, abs=1e-6)  # the optimizer's kernels are decomposed: another rounding
+    # the optimizer's kernels are decomposed, and the loss has its own gradient: another rounding
+    assert graph == pytest.approx(plain, rel=1e-6)
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
