@@ -6,6 +6,7 @@ Invariant: only where nothing else uses the whole, so half the bytes travel, and
 from __future__ import annotations
 
 from math import prod
+from typing import cast
 
 import torch
 from torch.fx import Node
@@ -27,10 +28,11 @@ def scatter_reductions(program: Program) -> Program:
         found = reduction_of(parts[0].args[0])
         if found is None or collective_of(found[0]).kind != "all_reduce":
             continue
-        its, sizes = collective_of(found[0]), program.meshes[node.args[2]].sizes
+        its, place = collective_of(found[0]), cast(int, node.args[2])
+        sizes = program.meshes[place].sizes
         dims = tuple(str(part.args[3]) for part in parts)
         rest = tuple(dim for dim in its.mesh_dims if dim not in dims)
-        if its.mesh != node.args[2] or not set(dims) <= {*its.mesh_dims}:
+        if its.mesh != place or not set(dims) <= {*its.mesh_dims}:
             continue
         axes = [part.args[1] for part in parts]
         with graph.inserting_before(node):
