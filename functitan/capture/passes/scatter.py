@@ -34,7 +34,7 @@ def scatter_reductions(program: Program) -> Program:
         rest = tuple(dim for dim in its.mesh_dims if dim not in dims)
         if its.mesh != place or not set(dims) <= {*its.mesh_dims}:
             continue
-        axes = [part.args[1] for part in parts]
+        axes = [cast(int, part.args[1]) for part in parts]
         with graph.inserting_before(node):
             x = its.x
             for target, args, kwargs in found[1]:  # views commute with a reduction
