@@ -12,6 +12,7 @@ at most one copy of the state. Each process computes on one thread, so that the 
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -39,7 +40,7 @@ def run(sizes: dict[str, int], args: argparse.Namespace) -> dict[str, Any]:
     config, rules = CONFIG, llama.RULES
     tx = ft.optim.adamw(1e-3)
     state = ft.TrainState.create(llama.params(config), tx, ft.random.key(0), mesh=mesh, rules=rules)
-    rows = torch.randint(0, config.vocab_size, (args.batch, args.seq + 1))
+    rows = torch.randint(0, config.vocab_size, (args.batch * max(1, math.prod(sizes.values())), args.seq + 1))
     batch = {"tokens": rows[:, :-1].contiguous(), "labels": rows[:, 1:].contiguous()}
     batch = ft.shard(batch, ft.data.BATCH, mesh=mesh, rules=rules)
     step = ft.train_step(lambda params, batch, key: llama.loss(params, batch, config), tx, check=False)
@@ -76,7 +77,7 @@ def main() -> None:
     parser.add_argument("--mesh", default="", help="mesh dims and sizes, as in fsdp=2: so many processes")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=6, help="of a round: a save in the background must end in it")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=1, help="rows of one rank")
     parser.add_argument("--seq", type=int, default=64)
     parser.add_argument("--directory", default=tempfile.gettempdir(), help="of the disk to write to")
     args = parser.parse_args()
