@@ -17,7 +17,7 @@ from llama_module import batches
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from train_steps import Program
+from train_steps import Program, device
 
 import functitan as ft
 from functitan.models.llama import LlamaConfig
@@ -140,8 +140,7 @@ def _start(group: Group, sizes: Sizes) -> tuple[Any, list[dict[str, torch.Tensor
     torch.set_num_threads(2 if group.dim is None else 1)
     mesh = None if group.dim is None else ft.make_mesh(**{group.dim: 2})
     data = batches(sizes.config, sizes.steps, sizes.batch, sizes.seq)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return mesh, [{name: x.to(device) for name, x in batch.items()} for batch in data]
+    return mesh, [{name: x.to(device()) for name, x in batch.items()} for batch in data]
 
 
 def _settle(mesh: Any) -> None:

@@ -83,7 +83,7 @@ def functitan_step(
     """functitan's step: eager or captured, with gathered weights kept for backward or not."""
     optim, loss = ft.optim, lambda params, batch, key: llama.loss(params, batch, config)
     tx = optim.chain(optim.clip_by_global_norm(clip), optim.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY))
-    key = ft.random.key(0).to(_device())
+    key = ft.random.key(0).to(device())
     held = [ft.TrainState.create(llama.params(config), tx, key, mesh=mesh, rules=llama.RULES)]
     train = ft.train_step(loss if compute is None else ft.precision(loss, compute=compute), tx)
     run = ft.jit(train, donate=0, keep_gathered=kept) if jit else train
@@ -108,7 +108,7 @@ def module_step(
     run = torch.compile(loss_of) if compiled else loss_of
 
     def step(batch: dict[str, Tensor]) -> float:
-        with torch.autocast(_device(), autocast) if autocast else nullcontext():
+        with torch.autocast(device(), autocast) if autocast else nullcontext():
             loss = run(batch["tokens"], batch["labels"])
         loss.backward()
         update(model, optimizer, clip)
@@ -194,7 +194,7 @@ def initial(config: llama.LlamaConfig) -> ft.tree.Tree:
 
 
 def whole_module(config: llama.LlamaConfig, seq: int) -> Llama:
-    return loaded(config, seq, initial(config)).to(_device())
+    return loaded(config, seq, initial(config)).to(device())
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
@@ -207,5 +207,5 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> N
     optimizer.zero_grad()
 
 
-def _device() -> str:
+def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from functitan.capture.kinds import elementwise, views
+from functitan.capture.kinds import CHAIN, elementwise, views
 from functitan.capture.trace import Program, trace
 from functitan.errors import CaptureError, report
 from functitan.sharding.context import current, using
-
-CHAIN = 8  # ops at most that make one value again
 
 # torch.library.Library and its Meta kernels as graph ops: tried on torch 2.13
 _LIBRARY = torch.library.Library("functitan", "FRAGMENT")

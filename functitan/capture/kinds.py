@@ -9,6 +9,8 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
+CHAIN = 8  # elementwise ops at most that make one value again
+
 aten = torch.ops.aten
 
 
@@ -17,6 +19,13 @@ def views(node: Node) -> bool:
     if node.op != "call_function" or not isinstance(node.target, OpOverload):
         return False
     return node.target.is_view or node.target in _MAY_VIEW
+
+
+def base(node: Node) -> Node:
+    """What a node is a view of: itself, if it is none."""
+    while views(node):
+        node = node.all_input_nodes[0]
+    return node
 
 
 def elementwise(node: Node) -> bool:

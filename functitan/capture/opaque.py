@@ -19,7 +19,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from functitan.capture.compile import Run, compiled
-from functitan.capture.kinds import views
+from functitan.capture.kinds import base
 from functitan.capture.trace import Program, one_at_a_time, unseen
 from functitan.sharding.context import Env
 from functitan.sharding.traced import emit
@@ -113,11 +113,9 @@ def _renew_results(program: Program) -> None:
     output, seen, results = _output(program), set(), []
     with program.graph.graph.inserting_before(output):
         for node in output.args[0]:  # type: ignore[union-attr]
-            base = node
-            while views(base):
-                base = base.all_input_nodes[0]
-            shares = base.op == "placeholder" or base in seen
-            seen.add(base)
+            source = base(node)
+            shares = source.op == "placeholder" or source in seen
+            seen.add(source)
             results.append(emit(program.graph.graph, aten.clone.default, node) if shares else node)
     output.args = (tuple(results),)
     output.meta["user_visible_output_idxs"] = list(range(len(results)))

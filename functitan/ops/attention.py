@@ -185,24 +185,16 @@ def _mask(
 def _sdpa(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None, env: Env, label: Label
 ) -> Tensor:
-    if not env.profiled:
-        return _kernel(q, k, v, mask, causal, scale, env)
-    with env.span(*label):
-        return _kernel(q, k, v, mask, causal, scale, env)
-
-
-def _kernel(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None, env: Env
-) -> Tensor:
     q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
     grouped = q.shape[-3] != k.shape[-3]
-    if not needs_higher_derivatives(env):
-        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
-        return out.transpose(-3, -2)
-    if env.ledger is not None and _MATH not in env.ledger.notes:
-        env.ledger.notes.append(_MATH)
-    added = None if mask is None else torch.where(mask, 0.0, -torch.inf).to(q.dtype)
-    return _math(q, k, v, added, 0.0, causal, scale=scale, enable_gqa=grouped)[0].transpose(-3, -2)
+    with env.span(*label):
+        if not needs_higher_derivatives(env):
+            out = scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
+            return out.transpose(-3, -2)
+        if env.ledger is not None and _MATH not in env.ledger.notes:
+            env.ledger.notes.append(_MATH)
+        added = None if mask is None else torch.where(mask, 0.0, -torch.inf).to(q.dtype)
+        return _math(q, k, v, added, 0.0, causal, scale=scale, enable_gqa=grouped)[0].transpose(-3, -2)
 
 
 @cache

@@ -65,8 +65,6 @@ def contract(
     seen = env.taps is not None or env.memo is not None  # taps see the backward of every op, too
     plain = chosen.is_local and reduction == "sum" and not seen
     if plain and _transposes_locally(full, env, fixed):
-        if not env.profiled:
-            return _locals(typed, chosen, tensors, compute, made)
         with env.span(*label):
             return _locals(typed, chosen, tensors, compute, made)
     static = Static(typed, full, chosen, label, reduction, fixed, tuple(x.dtype for x in tensors), compute, made)

@@ -20,7 +20,7 @@ from functitan.ops.operands import Operand, check_operands
 from functitan.ops.rows import LookupAxes, put_rows, take_rows
 from functitan.ops.types import Type, check_cotangents, global_sizes, resolve
 from functitan.sharding.choice import Fixed
-from functitan.sharding.context import OFF, Env, current
+from functitan.sharding.context import Env, current
 from functitan.sharding.contraction import Contraction, Term
 from functitan.sharding.layout import Layout, check_leaves, local_shape, whole
 from functitan.sharding.mesh import is_size
@@ -164,7 +164,7 @@ def _lookup(
 ) -> Tensor:
     axes, dtype = types.axes, dtype or x.dtype
     if env.mesh is None:
-        with env.span(*label) if env.profiled else OFF:
+        with env.span(*label):
             return take_rows(axes, indices, x).to(dtype)
     if kind == "put":  # each position of the indices' hidden axes has a table of its own
         x = lift(types.result, x, hidden_axes(indices, env), env, label)

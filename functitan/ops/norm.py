@@ -6,9 +6,7 @@ named reductions. Scale and bias are named ops, so that their gradients are summ
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +19,7 @@ from functitan.ops.function import vmaps_around
 from functitan.ops.operands import Operand, check_operands
 from functitan.ops.reduce import broadcast, reduce
 from functitan.ops.types import Type, layout_here
-from functitan.sharding.context import OFF, current, using
+from functitan.sharding.context import current, using
 from functitan.sharding.precision import widened
 from functitan.sharding.steps import Label
 
@@ -41,9 +39,9 @@ def rms_norm(pattern: str, x: Tensor, scale: Tensor, *, eps: float = 1e-5) -> Te
     if _holds_rows(axes, own, x):
         x = widened(x, current().precision)
         if current().mesh is None:
-            with _span("rms_norm", pattern):
+            with current().span("rms_norm", pattern):
                 return functional.rms_norm(x, scale.shape, scale.to(dtype).to(x.dtype), eps).to(dtype)
-        with _span("rms_norm", pattern):
+        with current().span("rms_norm", pattern):
             normal = functional.rms_norm(x, x.shape[-1:], eps=eps)
     else:
         high = x if x.dtype == torch.float64 else x.float()
@@ -68,9 +66,9 @@ def layer_norm(pattern: str, x: Tensor, scale: Tensor, bias: Tensor | None = Non
         x = widened(x, current().precision)
         if current().mesh is None:
             of = lambda y: None if y is None else y.to(dtype).to(x.dtype)
-            with _span("layer_norm", pattern):
+            with current().span("layer_norm", pattern):
                 return functional.layer_norm(x, scale.shape, of(scale), of(bias), eps).to(dtype)
-        with _span("layer_norm", pattern):
+        with current().span("layer_norm", pattern):
             normal = functional.layer_norm(x, x.shape[-1:], eps=eps)
     else:
         high = x if x.dtype == torch.float64 else x.float()
@@ -79,11 +77,6 @@ def layer_norm(pattern: str, x: Tensor, scale: Tensor, bias: Tensor | None = Non
         normal = _kept(centred * _spread(axes, own, inverse), dtype)
     scaled = normal * _wide(axes, own, scale).to(normal.dtype)
     return (scaled if bias is None else scaled + _wide(axes, own, bias).to(normal.dtype)).to(dtype)
-
-
-def _span(op: str, pattern: str) -> AbstractContextManager[Any]:
-    env = current()
-    return env.span(op, pattern) if env.profiled else OFF
 
 
 def _dtype(x: Tensor) -> torch.dtype:

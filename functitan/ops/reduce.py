@@ -19,7 +19,7 @@ from functitan.ops.function import vmaps_around
 from functitan.ops.local import product
 from functitan.ops.operands import Operand, check_operands
 from functitan.ops.types import Type, global_sizes, resolve
-from functitan.sharding.context import OFF, Env, current
+from functitan.sharding.context import Env, current
 from functitan.sharding.contraction import Contraction, Term
 from functitan.sharding.mesh import is_size
 from functitan.sharding.precision import in_compute, widened
@@ -88,7 +88,7 @@ def broadcast(pattern: str, x: Tensor, **sizes: int) -> Tensor:
 def _sum(axes: Axes, result: Axes, x: Tensor, env: Env, label: Label) -> Tensor:
     if env.mesh is not None:
         return contract(_contraction(axes, result), (x,), env, label)[0]
-    with env.span(*label) if env.profiled else OFF:
+    with env.span(*label):
         return product((axes,), result, (x,))
 
 

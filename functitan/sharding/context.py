@@ -60,15 +60,15 @@ class Env(NamedTuple):
         return self._replace(mesh=_ALONE, rules=_nothing_sharded(axes, tuple(name for _, name in self.vmap_axes)))
 
     def span(self, op: str, pattern: str) -> AbstractContextManager[Any]:
-        """The span of an op in a trace; asked for only where `profiled`, since it takes microseconds."""
-        return record_function(span_name(op, pattern, self.phase, self.recomputed))
+        """The span of an op in a trace; nothing where no profile is on."""
+        return record_function(span_name(op, pattern, self.phase, self.recomputed)) if self.profiled else _OFF
 
     def entry(self, collective: str, dims: tuple[str, ...], nbytes: int, dtype: Any, op: str, pattern: str) -> Entry:
         """What a collective here enters into a ledger."""
         return Entry(collective, dims, nbytes, dtype, self.phase, self.recomputed, op, pattern)
 
 
-OFF: AbstractContextManager[Any] = nullcontext()  # instead of a span, where no profile is on
+_OFF: AbstractContextManager[Any] = nullcontext()
 
 
 @functools.cache

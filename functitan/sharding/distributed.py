@@ -146,12 +146,14 @@ def _transport(group: Callable[[Dims], tuple[str, int, int]], agree: Callable[..
                 raise CollectiveError(_failed(kind, x, dims, note, error)) from error
             raise
 
+    def exchange(x, name, n, _):
+        return ops.all_to_all_single(x, [1] * n, [1] * n, name)
+
     def all_gather(x, dims, note):
         gather = lambda x, name, n, _: ops.all_gather_into_tensor(x, n, name)
         return run("all_gather", x.unsqueeze(0), dims, note, gather)
 
     def reduce_scatter(x, dims, op, note):
-        exchange = lambda x, name, n, _: ops.all_to_all_single(x, [1] * n, [1] * n, name)
         reduce = lambda x, name, n, _: ops.reduce_scatter_tensor(x, op, n, name)
         if not exchanges:
             return run("reduce_scatter", x, dims, note, reduce).squeeze(0)
@@ -162,7 +164,6 @@ def _transport(group: Callable[[Dims], tuple[str, int, int]], agree: Callable[..
         return run("all_reduce", x, dims, note, lambda x, name, n, _: ops.all_reduce(x, op, name))
 
     def all_to_all(x, dims, note):
-        exchange = lambda x, name, n, _: ops.all_to_all_single(x, [1] * n, [1] * n, name)
         return run("all_to_all", x, dims, note, exchange)
 
     def permute(x, dims, shift, note):

@@ -69,13 +69,11 @@ def _started(graph: Graph, its: Collective, mesh: Mesh) -> Node:
     match its.kind:
         case "all_gather":
             return call(ops.all_gather_into_tensor.default, call(torch.ops.aten.unsqueeze.default, its.x, 0), n, name)
-        case "reduce_scatter" if mesh.transport.exchanges:
-            return call(ops.all_to_all_single.default, its.x, [1] * n, [1] * n, name)
-        case "reduce_scatter":
+        case "reduce_scatter" if not mesh.transport.exchanges:
             return call(ops.reduce_scatter_tensor.default, its.x, its.detail, n, name)
         case "all_reduce":
             return call(ops.all_reduce.default, its.x, its.detail, name)
-        case "all_to_all":
+        case "reduce_scatter" | "all_to_all":
             return call(ops.all_to_all_single.default, its.x, [1] * n, [1] * n, name)
     send, receive, shift = [0] * n, [0] * n, int(its.detail)
     send[(me + shift) % n] = receive[(me - shift) % n] = 1

@@ -7,6 +7,7 @@ Invariant: every collective that runs anywhere passes through `send`, which ente
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -146,13 +147,15 @@ def send(kind: str, x: Tensor, dims: Dims, env: Env, label: Label, *options: Any
         detail = str(options[0]) if options else ""
         place = env.capture.place(env.mesh)
         return collective(x, kind, place, n, " ".join(dims), detail, *label, env.phase, env.recomputed)
-    entry = env.entry(kind, dims, FORMULAS[kind](x.numel() * x.element_size(), n), x.dtype, *label)
-    if env.ledger is not None:
-        env.ledger.entries.append(entry)
+    span = nullcontext()
+    if env.ledger is not None or env.profiled:
+        entry = env.entry(kind, dims, FORMULAS[kind](x.numel() * x.element_size(), n), x.dtype, *label)
+        if env.ledger is not None:
+            env.ledger.entries.append(entry)
+        if env.profiled:
+            span = record_function(entry.name)
     if env.checked:
         program = describe("-".join(map(str, (kind, *options))), dims, tuple(x.shape), x.dtype, label)
         env.mesh.transport.agree(f"runs {program} in {env.phase}" + (f" at {env.line}" if env.line else ""))
-    if not env.profiled:
-        return getattr(env.mesh.transport, kind)(x, dims, *options, label)
-    with record_function(entry.name):
+    with span:
         return getattr(env.mesh.transport, kind)(x, dims, *options, label)

@@ -22,6 +22,14 @@ def closed_over(fn: Any) -> Iterator[tuple[str, Tensor]]:
     yield from _within(fn, "", set())
 
 
+def closure_problems(fn: Any) -> list[str]:
+    """What is wrong with a function that runs below all transforms: each tensor that would get no gradient."""
+    return [
+        f"it closes over {path}, a tensor {tuple(x.shape)} that is differentiated and would get no gradient"
+        for path, x in closed_over(fn)
+    ]
+
+
 def _within(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
     if id(value) in seen or isinstance(value, (type, types.ModuleType)):
         return

@@ -20,7 +20,8 @@ from functitan.capture.passes.table import chosen_passes, run_passes
 from functitan.errors import FunctitanError, check_function, report
 from functitan.ops.function import requires_gradient, transforms_active
 from functitan.sharding.context import Env, current, using
-from functitan.transforms.closures import closed_over
+from functitan.transforms.closures import closure_problems
+from functitan.transforms.flat import TENSOR, Form, join, of_tensors, split
 
 
 def compile(fn: Callable[..., Any], *, skip: Sequence[str] = (), backend: str = "inductor") -> Compiled:
@@ -56,7 +57,7 @@ class Region:
     forward: Opaque
     backward: Opaque | None
     halves: Halves
-    result: tuple[Any, Any]  # its leaves, `_TENSOR` for tensors, and their structure
+    result: Form
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,17 +70,14 @@ class Compiled:
     regions: list[Region] = field(default_factory=list, repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        leaves, structure = tree.flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        tensors, form = split((args, kwargs))
         wanted = tuple(i for i, x in enumerate(tensors) if requires_gradient(x))
         env = current()
         if transforms_active() or torch.is_grad_enabled():
             _check(self, env)
-        static = tuple(_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        its = _Call(self, env, structure, static, wanted, [])
-        left = iter(_Forward.apply(its, *tensors))
-        others, shape = its.region.result
-        return tree.unflatten(shape, [next(left) if x is _TENSOR else x for x in others])
+        its = _Call(self, env, form, wanted, [])
+        values = _Forward.apply(its, *tensors)
+        return join(its.region.result, values)
 
     @property
     def name(self) -> str:
@@ -93,8 +91,7 @@ class _Call:
 
     compiled: Compiled
     env: Env
-    structure: Any
-    static: tuple[Any, ...]
+    form: Form
     wanted: tuple[int, ...]
     found: list[Region]
 
@@ -109,7 +106,7 @@ def _region(its: _Call, xs: tuple[Tensor, ...]) -> Region:
         ledger=None, taps=None, checked=False, line="", capture=None, memo=None, differentiated=False, vmap_axes=()
     )
     shapes = tuple((x.shape, x.stride(), x.dtype, x.device) for x in xs)
-    made_for = (shapes, its.wanted, its.structure, tuple(map(type, its.static)), its.static, env)
+    made_for = (shapes, its.wanted, *its.form, tuple(map(type, its.form.leaves)), env)
     known = next((region for region in its.compiled.regions if region.made_for == made_for), None)
     if known is None:
         with using(env):
@@ -119,22 +116,19 @@ def _region(its: _Call, xs: tuple[Tensor, ...]) -> Region:
 
 
 def _made(its: _Call, xs: tuple[Tensor, ...], made_for: tuple[Any, ...]) -> Region:
-    compiled, mesh, result = its.compiled, its.env.mesh, []
-
-    def flat(*xs: Tensor) -> tuple[Tensor, ...]:
-        left = iter(xs)
-        args, kwargs = tree.unflatten(its.structure, [next(left) if x is _TENSOR else x for x in its.static])
-        found, shape = tree.flatten(compiled.fn(*args, **kwargs))
-        result[:] = [_TENSOR if isinstance(x, Tensor) else x for x in found], shape
-        return tuple(x for x in found if isinstance(x, Tensor))
-
-    paths = tree.paths(tree.unflatten(its.structure, its.static))
-    names = [_called(path) for path, x in zip(paths, its.static, strict=True) if x is _TENSOR]
+    compiled, mesh, form = its.compiled, its.env.mesh, its.form
+    flat, result = of_tensors(lambda given: compiled.fn(*given[0], **given[1]), form)
+    paths = tree.paths(tree.unflatten(form.structure, form.leaves))
+    names = [_called(path) for path, x in zip(paths, form.leaves, strict=True) if x is TENSOR]
     halves = trace_halves(flat, xs, its.wanted, compiled.name, names)
     plain = mesh is not None and mesh.transport.name != "distributed"  # threads, and `ft.explain`'s fake tensors
     make = lambda program: opaque(run_passes(program, compiled.passes), "graph" if plain else compiled.backend)
     forward, backward = make(halves.forward), None if halves.backward is None else make(halves.backward)
-    return Region(made_for, forward, backward, halves, tuple(result))
+    return Region(made_for, forward, backward, halves, result[0])
+
+
+def _no_forward_mode(ctx: Any, *tangents: Any) -> Any:
+    raise _unsupported(ctx.its, "forward mode through it", _FIX_SECOND)
 
 
 class _Forward(torch.autograd.Function):
@@ -168,9 +162,7 @@ class _Forward(torch.autograd.Function):
     def vmap(info: Any, in_dims: Any, its: _Call, *tensors: Tensor) -> Any:  # type: ignore[override]
         raise _unsupported(its, "vmap around it", _FIX_VMAP)
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:  # type: ignore[override]
-        raise _unsupported(ctx.its, "forward mode through it", _FIX_SECOND)
+    jvp = staticmethod(_no_forward_mode)
 
 
 class _Backward(torch.autograd.Function):
@@ -195,9 +187,7 @@ class _Backward(torch.autograd.Function):
     def vmap(info: Any, in_dims: Any, its: _Call, *tensors: Tensor) -> Any:  # type: ignore[override]
         raise _unsupported(its, "vmap around its gradient", _FIX_VMAP)
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:  # type: ignore[override]
-        raise _unsupported(ctx.its, "forward mode through it", _FIX_SECOND)
+    jvp = staticmethod(_no_forward_mode)
 
 
 def _zeros(x: Tensor) -> Tensor:
@@ -205,10 +195,7 @@ def _zeros(x: Tensor) -> Tensor:
 
 
 def _check(compiled: Compiled, env: Env) -> None:
-    problems = [
-        f"it closes over {path}, a tensor {tuple(x.shape)} that is differentiated and would get no gradient"
-        for path, x in closed_over(compiled.fn)
-    ]
+    problems = closure_problems(compiled.fn)
     fix = "pass it as an argument: ft.compile(lambda w, x: ...)(w, x)"
     if env.memo is not None:
         problems.append("a policy of the ft.remat around it cannot choose among the ops inside it")
@@ -226,6 +213,5 @@ def _called(path: str) -> str:
     return path.partition(".")[2]
 
 
-_TENSOR = object()  # stands for a tensor among leaves
 _FIX_VMAP = "vmap inside: ft.compile(ft.vmap(fn, ...))"
 _FIX_SECOND = "differentiate inside, as in ft.compile(ft.grad(fn)), or leave the function uncompiled there"

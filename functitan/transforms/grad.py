@@ -16,6 +16,7 @@ from functitan import tree
 from functitan.errors import FunctitanError, check_function, report
 from functitan.ops.function import transforms_active
 from functitan.sharding.context import Env, current, using, within
+from functitan.transforms.flat import Form, join, split
 
 Argnums = int | Sequence[int]
 
@@ -174,20 +175,17 @@ def _gradients(value: Tensor, inputs: list[Tensor]) -> tuple[Tensor | None, ...]
 
 
 def _nested(flat: Callable[..., Any], leaves: list[Tensor]) -> tuple[Tensor, Any, list[Tensor]]:
-    kept: list[Any] = []  # torch.func lets only tensors out
+    kept: list[Form] = []  # torch.func lets only tensors out
 
-    def split(*values: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def valued(*values: Tensor) -> tuple[Tensor, list[Tensor]]:
         value, aux = within("forward", flat, *values)
-        others, structure = tree.flatten(aux)
-        kept[:] = [others, structure]
-        return value, [x for x in others if isinstance(x, Tensor)]
+        tensors, form = split(aux)
+        kept[:] = [form]
+        return value, tensors
 
-    both = torch.func.grad_and_value(split, argnums=tuple(range(len(leaves))), has_aux=True)
+    both = torch.func.grad_and_value(valued, argnums=tuple(range(len(leaves))), has_aux=True)
     grads, (value, tensors) = within("forward and backward", both, *leaves)
-    others, structure = kept
-    left = iter(tensors)
-    aux = tree.unflatten(structure, [next(left) if isinstance(x, Tensor) else x for x in others])
-    return value, aux, list(grads)
+    return value, join(kept[0], tensors), list(grads)
 
 
 def _double_vjp(flat: Callable[..., Any], leaves: list[Tensor], directions: list[Tensor]) -> tuple[Any, Any]:

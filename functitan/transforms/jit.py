@@ -24,6 +24,7 @@ from functitan.ops.function import transforms_active
 from functitan.sharding.context import Env, current, within
 from functitan.sharding.ledger import Entry
 from functitan.transforms.donate import check_donated, mark_leaves
+from functitan.transforms.flat import Form, join, of_tensors, split
 
 
 def jit(
@@ -82,7 +83,7 @@ class Jitted:
         if env.ledger is not None:
             env.ledger.entries += found.entries
             env.ledger.notes += [note for note in found.program.notes() if note not in env.ledger.notes]
-        return within(self.what, _call, found, args, leaves) if env.profiled else _call(found, args, leaves)
+        return within(self.what, _call, found, args, leaves)
 
     def graph(self, *args: Any) -> GraphModule:
         """The graph, after the passes, that a call with these arguments runs."""
@@ -114,8 +115,7 @@ class _Compiled(NamedTuple):
     donated: tuple[int, ...]  # inputs
     kept: tuple[int, ...]  # arguments that are not donated
     homes: tuple[int | None, ...]  # for each result the input whose buffer it takes over
-    result: Any  # the result's structure
-    others: list[Any]  # its leaves that are no tensors, `_TENSOR` for those that are
+    result: Form
 
     def fits(self, leaves: list[Any], structure: Any, env: Env) -> bool:
         if structure != self.structure or env != self.env:
@@ -132,25 +132,16 @@ def _capture(jitted: Jitted, args: Any, leaves: list[Any], structure: Any, env: 
     owners = [n for n, arg in enumerate(args) for _ in tree.leaves(arg)]
     donated = tuple(i for i, place in enumerate(places) if owners[place] in jitted.donate)
     paths = tree.paths(args)
-    results: list[Any] = []
-
-    def flat(*xs: Tensor) -> tuple[Tensor, ...]:
-        given = list(leaves)
-        for place, x in zip(places, xs, strict=True):
-            given[place] = x
-        results[:] = tree.flatten(jitted.fn(*tree.unflatten(structure, given)))
-        return tuple(x for x in results[0] if isinstance(x, Tensor))
-
+    flat, result = of_tensors(lambda given: jitted.fn(*given), split(args)[1])
     program = trace(flat, tensors, frozenset(donated), what, [paths[i] for i in places])
     program, homes = _at_home(program, donated)
     program = run_passes(program, jitted.passes)
     run = compiled(program, homes, jitted.backend)
-    others = [_TENSOR if isinstance(x, Tensor) else x for x in results[0]]
     statics = tuple((i, type(leaf), leaf) for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor))
     kept = tuple(n for n in range(len(args)) if n not in jitted.donate)
     guards = _guards(tensors)
     made_for = structure, places, guards, statics, env
-    return _Compiled(program, run, program.entries(), *made_for, donated, kept, homes, results[1], others)
+    return _Compiled(program, run, program.entries(), *made_for, donated, kept, homes, result[0])
 
 
 def _call(found: _Compiled, args: Any, leaves: list[Any]) -> Any:
@@ -165,8 +156,7 @@ def _call(found: _Compiled, args: Any, leaves: list[Any]) -> Any:
     values = [x if home is None else tensors[home].detach() for x, home in zip(values, found.homes, strict=True)]
     if found.donated:
         mark_leaves([tensors[i] for i in found.donated], "a call of ft.jit")
-    left = iter(values)
-    return tree.unflatten(found.result, [next(left) if other is _TENSOR else other for other in found.others])
+    return join(found.result, values)
 
 
 def _at_home(program: Program, donated: Sequence[int]) -> tuple[Program, tuple[int | None, ...]]:
@@ -211,6 +201,3 @@ def _check(jitted: Jitted, args: Any, tensors: Sequence[Tensor], what: str) -> N
         problems.append("it is called inside a torch.func transform, or with tensors that require grad")
     if problems:
         raise CaptureError(report(what, problems, "transform inside, ft.jit(ft.grad(fn)), or detach() the tensors"))
-
-
-_TENSOR = object()

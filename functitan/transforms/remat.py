@@ -11,13 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from functitan import tree
 from functitan.errors import FunctitanError, report
 from functitan.ops.function import transforms_active
 from functitan.sharding.context import current, using
-from functitan.transforms.closures import closed_over
+from functitan.transforms.closures import closure_problems
+from functitan.transforms.flat import join, of_tensors, split
 from functitan.transforms.region import apply_region, recorded
 from functitan.transforms.remat_policies import Budget, Policy, check_policy, everything_saveable, nothing_saveable
 
@@ -50,31 +49,18 @@ def remat(fn: Callable[..., Any], *, policy: Policy | Budget = nothing_saveable,
 
     @functools.wraps(fn)
     def rematerialized(*args: Any, **kwargs: Any) -> Any:
-        leaves, structure = tree.flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        tensors, form = split((args, kwargs))  # backward keeps no tensors by the form
         env = current()
         if transforms_active() or torch.is_grad_enabled():
             _check_closure(fn, where)
         if not transforms_active() and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
             with using(env._replace(memo=None)):  # of a remat around this one
                 return fn(*args, **kwargs)
-        static = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # backward keeps no tensors by them
-        del leaves
-        result: list[Any] = []
-
-        def flat(*xs: Tensor) -> tuple[Tensor, ...]:
-            left = iter(xs)
-            given = [next(left) if leaf is _TENSOR else leaf for leaf in static]
-            inner_args, inner_kwargs = tree.unflatten(structure, given)
-            out, shape = tree.flatten(fn(*inner_args, **inner_kwargs))
-            result[:] = [_TENSOR if isinstance(x, Tensor) else x for x in out], shape
-            return tuple(x for x in out if isinstance(x, Tensor))
-
-        statics = tuple((type(leaf), leaf) for leaf in static)
-        region = recorded(flat, policy, offload, env, where, functools.partial(_planned, plans, (structure, statics)))
-        values = iter(apply_region(region, tensors))
-        found, shape = result
-        return tree.unflatten(shape, [next(values) if x is _TENSOR else x for x in found])
+        flat, result = of_tensors(lambda given: fn(*given[0], **given[1]), form)
+        kind = form.structure, tuple((type(leaf), leaf) for leaf in form.leaves)
+        region = recorded(flat, policy, offload, env, where, functools.partial(_planned, plans, kind))
+        values = apply_region(region, tensors)
+        return join(result[0], values)
 
     return rematerialized
 
@@ -92,13 +78,8 @@ def _planned(plans: dict[Any, Any], call: Any, shapes: Any, plan: Callable[[], A
 
 
 def _check_closure(fn: Callable[..., Any], where: str) -> None:
-    problems = [
-        f"it closes over {path}, a tensor {tuple(x.shape)} that is differentiated and would get no gradient"
-        for path, x in closed_over(fn)
-    ]
-    if problems:
+    if problems := closure_problems(fn):
         raise FunctitanError(report(where, problems, FIX_CLOSURE))
 
 
-_TENSOR = object()  # stands for a tensor among leaves
 FIX_CLOSURE = "pass it as an argument: ft.remat(lambda w, x: ...)(w, x)"

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from torch.fx import Graph, Node
 
-from functitan.capture.kinds import elementwise, fuses, views
+from functitan.capture.kinds import CHAIN, base, elementwise, fuses, views
 from functitan.capture.passes.order import Places
 from functitan.capture.trace import Program
-
-CHAIN = 8  # ops at most that make one value again
 
 
 def compute_again(program: Program) -> Program:
@@ -24,7 +22,7 @@ def compute_again(program: Program) -> Program:
             continue
         made: dict[Node, Node] = {}
         for x in node.all_input_nodes:
-            root = _root(x)
+            root = base(x)
             if root.op != "call_function" or views(root) or not elementwise(root) or stretch[root] == stretch[node]:
                 continue
             if all(fuses(user) for user in _readers(root)):
@@ -46,12 +44,6 @@ def _stretches(graph: Graph) -> Places:
     return found
 
 
-def _root(x: Node) -> Node:
-    while views(x):
-        x = x.all_input_nodes[0]
-    return x
-
-
 def _readers(node: Node) -> list[Node]:
     """What reads a node, or a view of it."""
     return [reader for user in node.users for reader in (_readers(user) if views(user) else [user])]
@@ -70,7 +62,7 @@ def _chain(x: Node, place: int, stretch: Places) -> list[Node] | None:
         chain.append(node)
 
     visit(x)
-    ends = {_root(y) for node in chain for y in node.all_input_nodes if y not in begun}
+    ends = {base(y) for node in chain for y in node.all_input_nodes if y not in begun}
     return chain if len(chain) <= CHAIN and all(_lives(end, place, stretch, begun) for end in ends) else None
 
 

@@ -33,8 +33,7 @@ def merge_reductions(program: Program) -> Program:
             total = emit(graph, aten.add.Tensor, first.x, second.x)
             new = emit(graph, COLLECTIVE, *first._replace(x=total))
             groups[new] = groups[left[0]]
-            for target, rest, kwargs in left[1]:
-                new = emit(graph, target, new, *rest, **dict(kwargs))
+            new = viewed(graph, new, left[1])
         node.replace_all_uses_with(new)
         erase(graph, node)
     return program
@@ -47,6 +46,13 @@ def erase(graph: Graph, node: Node) -> None:
         graph.erase_node(node)
         for x in inputs:
             erase(graph, x)
+
+
+def viewed(graph: Graph, x: Node, views: tuple) -> Node:
+    """The views, as `reduction_of` gives them, of another value."""
+    for target, rest, kwargs in views:
+        x = emit(graph, target, x, *rest, **dict(kwargs))
+    return x
 
 
 def reduction_of(x: object) -> tuple[Node, tuple] | None:

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch.fx import Node
 
-from functitan.capture.passes.reductions import erase, reduction_of
+from functitan.capture.passes.reductions import erase, reduction_of, viewed
 from functitan.capture.trace import Program
 from functitan.sharding.traced import COLLECTIVE, OWN, collective_of, emit
 
@@ -36,9 +36,7 @@ def scatter_reductions(program: Program) -> Program:
             continue
         axes = [cast(int, part.args[1]) for part in parts]
         with graph.inserting_before(node):
-            x = its.x
-            for target, args, kwargs in found[1]:  # views commute with a reduction
-                x = emit(graph, target, x, *args, **dict(kwargs))
+            x = viewed(graph, its.x, found[1])  # views commute with a reduction
             shape = list(x.meta["val"].shape)
             others = [axis for axis in range(len(shape)) if axis not in axes]
             x = emit(graph, aten.permute.default, x, [*axes, *others])
