@@ -56,14 +56,13 @@ def leaves_of(
     `TrainState` around it keeps. Mesh and rules are those given, else those of a `TrainState` in the tree.
     Raises errors that list every leaf of a kind that no checkpoint holds, or that does not fit its pattern.
     """
-    states: list[TrainState] = []
-    described = tree.leaves(tree.map_nodes(lambda state: _noted(states, state), TrainState, values))
+    described = tree.leaves(tree.map_nodes(TrainState.declared, TrainState, values))
     paths, found = tree.paths(values), tree.leaves(values)
     given = [None] * len(found) if patterns is None else tree.broadcast_prefix(patterns, values, f"{what}: patterns")
     if len(described) != len(found):
         raise FunctitanError(report(what, ["a TrainState has no declarations of its optimizer state"], _FIX_STATE))
-    known = next((state.mesh for state in states if state.mesh is not None), None) if mesh is None else as_mesh(mesh)
-    table = next((state.rules for state in states if state.rules is not None), None) if rules is None else rules
+    known, tables = mesh_of(values, mesh), (state.rules for state in _states(values))
+    table = next((its for its in tables if its is not None), None) if rules is None else rules
     if known is not None and not isinstance(table, AxisRules):
         raise MeshError(report(what, [f"rules is {table!r}"], "give a table: rules=ft.AxisRules({...})"))
     bad = [
@@ -93,9 +92,17 @@ def leaves_of(
     return [Leaf(*each) for each in zip(paths, found, shapes, dtypes, layouts, declared, strict=True)], known
 
 
-def _noted(states: list[TrainState], state: TrainState) -> TrainState:
-    states.append(state)
-    return state.declared()
+def mesh_of(values: tree.Tree, mesh: Mesh | DeviceMesh | None) -> Mesh | None:
+    """The mesh that is given, else that of a `TrainState` in the tree."""
+    if mesh is not None:
+        return as_mesh(mesh)
+    return next((state.mesh for state in _states(values) if state.mesh is not None), None)
+
+
+def _states(values: tree.Tree) -> list[TrainState]:
+    found: list[TrainState] = []
+    tree.map_nodes(found.append, TrainState, values)
+    return found
 
 
 def _check_shapes(what: str, paths: list[str], declared: list[Any], shapes: list[Any]) -> None:

@@ -20,16 +20,15 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from functitan import tree
 from functitan.checkpoint.files import HIDDEN, Place, clear_errors, is_complete, locate, remove
+from functitan.checkpoint.leaves import mesh_of
 from functitan.checkpoint.restore import restore
 from functitan.checkpoint.save import TIMEOUT_S, begin
 from functitan.checkpoint.stage import Buffers, staged
 from functitan.checkpoint.termination import termination
 from functitan.checkpoint.write import Part, write_part
 from functitan.errors import FunctitanError, report
-from functitan.sharding.context import as_mesh
 from functitan.sharding.mesh import Mesh, is_size
 from functitan.sharding.rules import AxisRules
-from functitan.state import TrainState
 
 GRACE_S = 30.0  # for a write that goes on when the run ends by an error
 
@@ -172,9 +171,11 @@ class Manager:
         """Whether to stop, and whether the time for a save is over: on every rank, if on one."""
         stop, seconds = self._stop, self._every[1]
         flags = [stop is not None and stop(), seconds is not None and time.monotonic() - self._saved_at >= seconds]
+        if stop is None and seconds is None:
+            return False, False
         mesh = self._mesh(state)
         dims = () if mesh is None else tuple(dim for dim in mesh.sizes.dims if mesh.sizes.size(dim) > 1)
-        if mesh is None or not dims or (stop is None and seconds is None):
+        if mesh is None or not dims:
             return flags[0], flags[1]
         device = next((x.device for x in tree.leaves(state) if isinstance(x, Tensor)), None)
         asked = torch.tensor(flags, dtype=torch.int32, device=device)
@@ -182,11 +183,7 @@ class Manager:
         return bool(stop), bool(due)
 
     def _mesh(self, state: tree.Tree) -> Mesh | None:
-        if self._layout["mesh"] is not None:
-            return as_mesh(self._layout["mesh"])
-        found: list[Mesh | None] = []
-        tree.map_nodes(lambda node: found.append(node.mesh), TrainState, state)
-        return next((mesh for mesh in found if mesh is not None), None)
+        return mesh_of(state, self._layout["mesh"])
 
     def _prune(self) -> None:
         last, every = self._keep
