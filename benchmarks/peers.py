@@ -38,7 +38,13 @@ GROUPS = {
     "tp": Group(
         "tp 2, sequence and loss parallel",
         "tp",
-        (functitan(), functitan(jit=True), tensor_parallel(), tensor_parallel(compiled=True)),
+        (
+            functitan(),
+            functitan(jit=True),
+            functitan(jit=True, kept=True),
+            tensor_parallel(),
+            tensor_parallel(compiled=True),
+        ),
         0.78,
     ),
     # rounding to 8 bits in other places: losses near 7.6 differ in the fourth digit

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from functitan.capture.passes.again import compute_again
+from functitan.capture.passes.attention import unfuse_attention
 from functitan.capture.passes.bucket import bucket_collectives
 from functitan.capture.passes.common import merge_equal
 from functitan.capture.passes.dead import remove_dead
@@ -24,6 +25,7 @@ PASSES: dict[str, Callable[[Program], Program]] = {
     "remove_dead": remove_dead,
     "bucket_collectives": bucket_collectives,
     "overlap": overlap,
+    "unfuse_attention": unfuse_attention,
 }
 ASKED = ("keep_gathered",)  # only where an argument of `ft.jit` asks
 
