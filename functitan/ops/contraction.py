@@ -144,10 +144,11 @@ def _run(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
 def _uses(static: Static) -> list[tuple[int, Any]]:
     """What each product takes, in order: the place of an operand in `plan.moved`, and its use."""
     return [
-        (moved, static.arithmetic.use(_axes(static, item), layout.axes, which))
-        for groups, layout in zip(static.plan.results, static.full.results, strict=True)
+        (moved, static.arithmetic.use(static.full, places, r, which))
+        for r, groups in enumerate(static.plan.results)
         for group in groups
         for item in group.products
+        for places in (tuple(static.plan.moved[i][0] for i in item.moved),)
         for which, moved in enumerate(item.moved)
     ]
 
@@ -163,6 +164,8 @@ def _vjp(call: Call, tensors: tuple[Tensor, ...], _: Any, grads: tuple[Tensor | 
     typed = cotangents(static.typed._replace(sizes=static.full.sizes), wanted, given)
     typed, results, used = _used(typed)
     inputs = _values(static, tensors, (grads[i] for i in given), used)
+    n = len(static.typed.operands)
+    roles = tuple(i if i < n else n + given[i - n] for i in used)
     full, _ = resolve(typed, inputs, call.env, static.label)
     places = [wanted[r] for r in results]
     check_cotangents(
@@ -176,7 +179,7 @@ def _vjp(call: Call, tensors: tuple[Tensor, ...], _: Any, grads: tuple[Tensor | 
     made = tuple(static.dtypes[i] for i in places)
     outs = contract(
         typed, inputs, call.transposed(), static.label, static.fixed,
-        compute=static.compute, made=made, arithmetic=static.arithmetic.backward,
+        compute=static.compute, made=made, arithmetic=static.arithmetic.backward(roles),
     )  # fmt: skip
     found = dict(zip(results, outs, strict=True))
     return tuple(found.get(r) for r in range(len(wanted)))
