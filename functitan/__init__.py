@@ -45,6 +45,7 @@ from functitan.transforms import remat_policies
 from functitan.transforms.accumulate import accumulate
 from functitan.transforms.checked import check_equal, checked
 from functitan.transforms.compile import compile
+from functitan.transforms.float8 import float8
 from functitan.transforms.grad import grad, hvp, jvp, value_and_grad
 from functitan.transforms.jit import jit
 from functitan.transforms.precision import precision
@@ -85,6 +86,7 @@ __all__ = [
     "dropout",
     "einsum",
     "explain",
+    "float8",
     "from_module",
     "grad",
     "hvp",

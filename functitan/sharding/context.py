@@ -18,6 +18,7 @@ from torch.profiler import record_function
 
 from functitan.errors import MeshError, check_function, report
 from functitan.sharding.distributed import mesh_of
+from functitan.sharding.float8 import Float8
 from functitan.sharding.layout import Layout, layout_of
 from functitan.sharding.ledger import Entry, Ledger, Taps, span_name
 from functitan.sharding.memo import Memo
@@ -42,6 +43,7 @@ class Env(NamedTuple):
     checked: bool = False  # ranks compare programs before they communicate
     line: str = ""  # the user's, where an op was called; only while checked
     precision: Precision | None = None  # none: dtypes are left as they are
+    float8: Float8 | None = None
     capture: Capture | None = None  # of the program that is being captured
     memo: Memo | None = None  # what remat stores, or has stored, of the function that runs
     profiled: bool = False  # ops, collectives and phases name their spans for `ft.profile`
@@ -58,6 +60,12 @@ class Env(NamedTuple):
         if self.mesh is not None:
             return self
         return self._replace(mesh=_ALONE, rules=_nothing_sharded(axes, tuple(name for _, name in self.vmap_axes)))
+
+    def note(self, text: str) -> None:
+        """Let a ledger, or a captured program's, say something once."""
+        holder = self.ledger if self.capture is None else self.capture
+        if holder is not None and text not in holder.notes:
+            holder.notes.append(text)
 
     def span(self, op: str, pattern: str) -> AbstractContextManager[Any]:
         """The span of an op in a trace; nothing where no profile is on."""
