@@ -36,16 +36,29 @@ class Entry(NamedTuple):
     recomputed: bool
     op: str
     pattern: str
+    hidden: bool = False  # computation that does not wait for it runs while it travels
 
     @property
     def name(self) -> str:
-        """What a trace of `ft.profile` calls it.
+        """What a trace of `ft.profile` calls it; of a hidden one, its start.
 
         >>> Entry("all_gather", ("fsdp",), 8, torch.float32, "backward", False, "einsum", "a b, b c -> a c").name
         'all_gather[fsdp] einsum a b, b c -> a c (backward)'
         """
-        dims = ",".join(self.mesh_dims)
-        return f"{self.collective}[{dims}] {span_name(self.op, self.pattern, self.phase, self.recomputed)}"
+        what = f"{self.collective}[{','.join(self.mesh_dims)}]" + (" hidden" if self.hidden else "")
+        return f"{what} {span_name(self.op, self.pattern, self.phase, self.recomputed)}"
+
+    @property
+    def wait(self) -> str:
+        """What a trace calls the wait for a hidden one: what of it is exposed.
+
+        >>> Entry("permute", ("tp",), 8, torch.float32, "forward", False, "einsum", "a b, b c -> a c", True).wait
+        'wait for permute over tp, einsum a b, b c -> a c'
+        """
+        over = ",".join(self.mesh_dims)
+        return f"wait for {self.collective} over {over}, " + span_name(
+            self.op, self.pattern, self.phase, self.recomputed
+        )
 
 
 def span_name(op: str, pattern: str, phase: str, recomputed: bool) -> str:
