@@ -12,15 +12,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from functitan.axes import Axes
+from functitan.ops.arithmetic import Arithmetic, Value, plain
 from functitan.ops.function import Call, Hidden, Hiddens, Op, apply, hidden_axes, hide
 from functitan.ops.local import maximum, product
 from functitan.ops.types import Type, check_cotangents, resolve
 from functitan.sharding.choice import FREE, Fixed
 from functitan.sharding.context import Env
 from functitan.sharding.contraction import Contraction, Term, cotangents, tangents
-from functitan.sharding.plan import Plan, plan
-from functitan.sharding.precision import cast, narrowed
-from functitan.sharding.steps import Label, run_step, settle
+from functitan.sharding.plan import Plan, Product, plan
+from functitan.sharding.precision import cast
+from functitan.sharding.steps import Label, settle
 
 Dtypes = tuple[torch.dtype | None, ...]
 
@@ -42,6 +44,7 @@ class Static(NamedTuple):
     dtypes: Dtypes
     compute: torch.dtype | None
     made: Dtypes
+    arithmetic: Arithmetic
 
 
 def contract(
@@ -53,21 +56,24 @@ def contract(
     reduction: str = "sum",
     compute: torch.dtype | None = None,
     made: Dtypes | None = None,
+    arithmetic: Arithmetic | None = None,
 ) -> tuple[Tensor, ...]:
     """Run a contraction whose operands and results are `Type`s, on local shards; `typed.sizes` adds sizes to theirs.
 
-    Operands are cast to `compute` where they lie and results to `made`; `None` leaves them as they are.
+    Operands are cast to `compute` where they lie and results to `made`; `None` leaves them as they are. `arithmetic`
+    is that of the products, by default the plain one.
     """
     assert env.mesh is not None
     made = made or (None,) * len(typed.results)
     full, hidden = resolve(typed, tensors, env, label)
     chosen = plan(full, env.mesh.sizes, fixed)
     seen = env.taps is not None or env.memo is not None  # taps see the backward of every op, too
-    plain = chosen.is_local and reduction == "sum" and not seen
-    if plain and _transposes_locally(full, env, fixed):
+    simple = chosen.is_local and reduction == "sum" and arithmetic is None and not seen
+    if simple and _transposes_locally(full, env, fixed):
         with env.span(*label):
             return _locals(typed, chosen, tensors, compute, made)
-    static = Static(typed, full, chosen, label, reduction, fixed, tuple(x.dtype for x in tensors), compute, made)
+    dtypes = tuple(x.dtype for x in tensors)
+    static = Static(typed, full, chosen, label, reduction, fixed, dtypes, compute, made, arithmetic or plain(compute))
     linear = all(len(term.operands) == 1 for term in typed.terms)
     return apply(Call(_LINEAR if linear else _PRODUCT, env, static, *hidden), *tensors)
 
@@ -99,36 +105,55 @@ def lift(own: Type, x: Tensor, hidden: Hiddens, env: Env, label: Label) -> Tenso
 
 def _run(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
     static: Static = call.static
-    moved: dict[int, Tensor] = {}
+    how, env, label = static.arithmetic, call.env, static.label
+    uses = _uses(static)
+    wanted = tuple(dict.fromkeys((static.plan.moved[i][0], use) for i, use in uses))
+    packed = dict(zip(wanted, how.pack(tensors, wanted, static.full, env, label), strict=True))
+    moved: dict[Any, Value] = {}
 
-    def operand(index: int) -> Tensor:
-        if index not in moved:
+    def operand(index: int, use: Any) -> Value:
+        if (index, use) not in moved:
             place, steps = static.plan.moved[index]
-            x = tensors[place]
+            value = packed[place, use]
             for step in steps:
-                x = run_step(x if step.kind == "slice" else narrowed(x, static.compute), step, call.env, static.label)
-            moved[index] = cast(x, static.compute)
-        return moved[index]
+                value = how.move(value, step, env, label)
+            moved[index, use] = how.arrive(value)
+        return moved[index, use]
 
     results: list[Tensor] = []
+    left = iter(uses)
     for groups, layout, dtype in zip(static.plan.results, static.full.results, static.made, strict=True):
         total: Tensor | None = None
         for group in groups:
             part: Tensor | None = None
             for item in group.products:
-                axes = tuple(static.full.operands[static.plan.moved[i][0]].axes for i in item.moved)
-                values = tuple(operand(i) for i in item.moved)
+                values = tuple(operand(*next(left)) for _ in item.moved)
                 if static.reduction == "sum":
-                    value = product(axes, layout.axes, values, item.broadcast)
+                    value = how.product(_axes(static, item), layout.axes, values, item.broadcast)
                 else:
-                    value = maximum(axes[0], layout.axes, values[0])
+                    value = maximum(_axes(static, item)[0], layout.axes, values[0])
                 part = value if part is None else part + value
             assert part is not None
-            part = settle(part, part.dtype, dtype or part.dtype, group.steps, call.env, static.label, static.reduction)
+            part = settle(part, part.dtype, dtype or part.dtype, group.steps, env, label, static.reduction)
             total = part if total is None else total + part
         assert total is not None
         results.append(total)
     return tuple(results)
+
+
+def _uses(static: Static) -> list[tuple[int, Any]]:
+    """What each product takes, in order: the place of an operand in `plan.moved`, and its use."""
+    return [
+        (moved, static.arithmetic.use(_axes(static, item), layout.axes, which))
+        for groups, layout in zip(static.plan.results, static.full.results, strict=True)
+        for group in groups
+        for item in group.products
+        for which, moved in enumerate(item.moved)
+    ]
+
+
+def _axes(static: Static, item: Product) -> tuple[Axes, ...]:
+    return tuple(static.full.operands[static.plan.moved[i][0]].axes for i in item.moved)
 
 
 def _vjp(call: Call, tensors: tuple[Tensor, ...], _: Any, grads: tuple[Tensor | None, ...], wanted: tuple[int, ...]):
@@ -149,7 +174,10 @@ def _vjp(call: Call, tensors: tuple[Tensor, ...], _: Any, grads: tuple[Tensor | 
         call.env,
     )
     made = tuple(static.dtypes[i] for i in places)
-    outs = contract(typed, inputs, call.transposed(), static.label, static.fixed, compute=static.compute, made=made)
+    outs = contract(
+        typed, inputs, call.transposed(), static.label, static.fixed,
+        compute=static.compute, made=made, arithmetic=static.arithmetic.backward,
+    )  # fmt: skip
     found = dict(zip(results, outs, strict=True))
     return tuple(found.get(r) for r in range(len(wanted)))
 
