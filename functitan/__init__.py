@@ -43,6 +43,7 @@ from functitan.state import TrainState
 from functitan.train import train_step
 from functitan.transforms import remat_policies
 from functitan.transforms.accumulate import accumulate
+from functitan.transforms.async_tp import async_tp
 from functitan.transforms.checked import check_equal, checked
 from functitan.transforms.compile import compile
 from functitan.transforms.grad import grad, hvp, jvp, value_and_grad
@@ -72,6 +73,7 @@ __all__ = [
     "TrainState",
     "accumulate",
     "as_mesh",
+    "async_tp",
     "attention",
     "broadcast",
     "check_equal",

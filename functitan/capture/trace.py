@@ -39,6 +39,7 @@ class Program(NamedTuple):
     written: tuple[int, ...]  # the inputs that the function wrote into
     failures: tuple[Callable[[], Exception], ...]  # what to raise where a flag, one of the last results, is true
     calls: Mapping[Any, Any]  # for each op that stands for another captured program: that one (`opaque.Opaque`)
+    remarks: tuple[str, ...] = ()  # of its ops, as it was traced
 
     def entries(self) -> list[Entry]:
         """What one run of it enters into a ledger."""
@@ -54,7 +55,7 @@ class Program(NamedTuple):
         """What a ledger of it should say besides."""
         kinds = {entry.collective for entry in self.entries()}
         exchanges = any(mesh.transport.exchanges for mesh in self.meshes)
-        return [_EXCHANGED] if exchanges and "reduce_scatter" in kinds else []
+        return [*self.remarks, *([_EXCHANGED] if exchanges and "reduce_scatter" in kinds else [])]
 
 
 unseen = _disable_current_modes  # modes of a caller (ft.explain's memory) see nothing of what is done to graphs
@@ -98,7 +99,7 @@ def trace(
         written = _results_of_writes(graph)
         _check_writes(set(written) - donated, inside, fakes, what, names, fix)
     failures = tuple(error for _, error in capture.failures)
-    return Program(graph, tuple(capture.meshes), fakes, written, failures, dict(capture.calls))
+    return Program(graph, tuple(capture.meshes), fakes, written, failures, dict(capture.calls), tuple(capture.notes))
 
 
 def _twin(x: Tensor) -> Tensor:

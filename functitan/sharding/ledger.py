@@ -116,6 +116,9 @@ class Ledger:
             f"{len(self.entries)} collectives, {_size(self.total_bytes())} sent by each rank"
             + (f" ({over})" if over else "")
         ]
+        if hidden := [entry for entry in self.entries if entry.hidden]:
+            sent = sum(entry.bytes for entry in hidden)
+            lines.append(f"{len(hidden)} of them, {_size(sent)}, travel while something is computed (hidden)")
         if self.argument_bytes is not None:
             lines.append(f"arguments {_size(self.argument_bytes)} on each rank")
         if self.peak_bytes is not None:
@@ -149,7 +152,8 @@ def _row(run: tuple[Entry, int]) -> tuple[str, ...]:
     phase = entry.phase + (" (again)" if entry.recomputed else "")
     dtype = str(entry.dtype).removeprefix("torch.")
     dims = "·".join(entry.mesh_dims)
-    return phase, entry.collective, dims, _size(entry.bytes), dtype, str(times), entry.op, _short(entry.pattern)
+    collective = entry.collective + (" (hidden)" if entry.hidden else "")
+    return phase, collective, dims, _size(entry.bytes), dtype, str(times), entry.op, _short(entry.pattern)
 
 
 def _size(nbytes: int) -> str:

@@ -66,10 +66,15 @@ def settle(
     for step in steps:
         if step.kind in ("all_gather", "all_to_all"):
             x = narrowed(x, goal)
-        elif step.kind != "slice" and op == "sum" and env.precision is not None and own.is_floating_point:
-            x = x.to(env.precision.reduces(step.dims, own))
+        elif step.kind != "slice" and op == "sum" and env.precision is not None:
+            x = x.to(summed_in(own, step.dims, env))
         x = run_step(x, step, env, label, op)
     return x.to(goal)
+
+
+def summed_in(own: torch.dtype, dims: Dims, env: Env) -> torch.dtype:
+    """The dtype in which values of dtype `own` are summed over these mesh dims."""
+    return own if env.precision is None or not own.is_floating_point else env.precision.reduces(dims, own)
 
 
 def _framed(x: Tensor, step: Step) -> tuple[list[int], list[int]]:
@@ -157,10 +162,10 @@ def start(kind: str, x: Tensor, dims: Dims, env: Env, label: Label, *options: An
     ranks of the group start their collectives in one order. A captured one starts where it stands in the graph, and is
     waited for where its result is first used. A trace has the entry's name for the start, and its `wait` for the wait.
     """
+    entry = _entered(kind, x, dims, env, label, options, hidden=True)
     if env.capture is not None:
         result = _captured(kind, x, dims, env, label, *options)
         return lambda: result
-    entry = _entered(kind, x, dims, env, label, options, hidden=True)
     with _span(entry and entry.name):
         wait = _begun(kind, x, dims, env, label, *options)
 
