@@ -46,6 +46,7 @@ from functitan.transforms.accumulate import accumulate
 from functitan.transforms.async_tp import async_tp
 from functitan.transforms.checked import check_equal, checked
 from functitan.transforms.compile import compile
+from functitan.transforms.float8 import float8
 from functitan.transforms.grad import grad, hvp, jvp, value_and_grad
 from functitan.transforms.jit import jit
 from functitan.transforms.precision import precision
@@ -87,6 +88,7 @@ __all__ = [
     "dropout",
     "einsum",
     "explain",
+    "float8",
     "from_module",
     "grad",
     "hvp",

@@ -39,7 +39,7 @@ class Program(NamedTuple):
     written: tuple[int, ...]  # the inputs that the function wrote into
     failures: tuple[Callable[[], Exception], ...]  # what to raise where a flag, one of the last results, is true
     calls: Mapping[Any, Any]  # for each op that stands for another captured program: that one (`opaque.Opaque`)
-    remarks: tuple[str, ...] = ()  # of its ops, as it was traced
+    remarks: tuple[str, ...] = ()  # of its ops, for a ledger
 
     def entries(self) -> list[Entry]:
         """What one run of it enters into a ledger."""
@@ -99,7 +99,8 @@ def trace(
         written = _results_of_writes(graph)
         _check_writes(set(written) - donated, inside, fakes, what, names, fix)
     failures = tuple(error for _, error in capture.failures)
-    return Program(graph, tuple(capture.meshes), fakes, written, failures, dict(capture.calls), tuple(capture.notes))
+    meshes, calls, remarks = tuple(capture.meshes), dict(capture.calls), tuple(capture.notes)
+    return Program(graph, meshes, fakes, written, failures, calls, remarks)
 
 
 def _twin(x: Tensor) -> Tensor:

@@ -117,6 +117,8 @@ def _vjp(call: Call, tensors: tuple[Tensor, ...], _: Any, grads: tuple[Tensor | 
     typed = cotangents(static.typed._replace(sizes=static.full.sizes), wanted, given)
     typed, results, used = _used(typed)
     inputs = _values(static, tensors, (grads[i] for i in given), used)
+    n = len(static.typed.operands)
+    roles = tuple(i if i < n else n + given[i - n] for i in used)
     full, _ = resolve(typed, inputs, call.env, static.label)
     places = [wanted[r] for r in results]
     check_cotangents(
@@ -130,7 +132,7 @@ def _vjp(call: Call, tensors: tuple[Tensor, ...], _: Any, grads: tuple[Tensor | 
     made = tuple(static.dtypes[i] for i in places)
     outs = contract(
         typed, inputs, call.transposed(), static.label, static.fixed,
-        compute=static.compute, made=made, arithmetic=static.arithmetic.backward,
+        compute=static.compute, made=made, arithmetic=static.arithmetic.backward(roles),
     )  # fmt: skip
     found = dict(zip(results, outs, strict=True))
     return tuple(found.get(r) for r in range(len(wanted)))

@@ -14,6 +14,7 @@ from torch import Tensor
 from functitan.axes import Axes, Signature, parse_signature, write_axes
 from functitan.errors import PatternError, nearest, report
 from functitan.ops.contraction import contract
+from functitan.ops.float8 import converted
 from functitan.ops.local import product
 from functitan.ops.operands import Operand, check_operands
 from functitan.ops.types import Type
@@ -39,7 +40,10 @@ def einsum(pattern: str, *tensors: Tensor) -> Any:
     """
     signature, typed = _parse(pattern)
     env = current()
-    if env.memo is not None:  # which wants to see every op
+    arithmetic = None
+    if env.float8 is not None and _are_tensors(signature, tensors):
+        arithmetic = converted(pattern, signature, tensors, env)
+    if env.memo is not None or arithmetic is not None:  # both want the named op
         env = env.on_one_rank(tuple(axis for axes in signature.operands for axis in axes))
     if env.mesh is None:
         try:
@@ -54,8 +58,14 @@ def einsum(pattern: str, *tensors: Tensor) -> Any:
     else:
         _check(pattern, signature, tensors)
         compute = None if env.precision is None else env.precision.compute
-        results = contract(typed, tensors, env, Label("einsum", pattern), compute=compute)
+        results = contract(typed, tensors, env, Label("einsum", pattern), compute=compute, arithmetic=arithmetic)
     return results[0] if len(results) == 1 else results
+
+
+def _are_tensors(signature: Signature, tensors: tuple[Any, ...]) -> bool:
+    """Whether the operands may be asked for more; if not, the check of every einsum says why."""
+    ranks = [x.dim() if isinstance(x, Tensor) else None for x in tensors]
+    return ranks == [len(axes) for axes in signature.operands]
 
 
 def _products(signature: Signature, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

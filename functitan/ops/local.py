@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,18 +95,38 @@ def _matmul(a: Axes, b: Axes, result: Axes, contracted: list[str]) -> Product:
 def _matmul_in_order(
     a: Axes, b: Axes, result: Axes, batch: list[str], rows: list[str], columns: list[str], contracted: list[str]
 ) -> Product:
-    left, right = _matrix(a, (batch, rows, contracted)), _matrix(b, (batch, contracted, columns))
+    left, right, fold = _matrices(a, b, result, batch, rows, columns, contracted)
     multiply = torch.bmm if batch else torch.mm
-    out, order = tuple(batch + rows + columns), None
-    order = _order(out, result)
+    return lambda x, y: fold(multiply(left(x), right(y)), x, y)
+
+
+class Matrices(NamedTuple):
+    """A product of two tensors as one of matrices: [rows, contracted] by [contracted, columns], with a batch before."""
+
+    left: Product
+    right: Product
+    fold: Product  # (product of the matrices, x, y) -> the result
+
+
+@cache
+def matrices(a: Axes, b: Axes, result: Axes) -> Matrices:
+    """The matrices of a product with rows and columns; tensors of size 1 along axes that they share a number on fit."""
+    batch = [axis for axis in result if axis in a and axis in b]
+    rows, columns = [axis for axis in result if axis not in b], [axis for axis in result if axis not in a]
+    return _matrices(a, b, result, batch, rows, columns, [axis for axis in a if axis in b and axis not in result])
+
+
+def _matrices(
+    a: Axes, b: Axes, result: Axes, batch: list[str], rows: list[str], columns: list[str], contracted: list[str]
+) -> Matrices:
+    order = _order(tuple(batch + rows + columns), result)
     from_a, from_b = [a.index(axis) for axis in batch + rows], [b.index(axis) for axis in columns]
 
-    def run(x: Tensor, y: Tensor) -> Tensor:
-        shape = [x.shape[i] for i in from_a] + [y.shape[i] for i in from_b]
-        z = multiply(left(x), right(y)).view(shape)
+    def fold(z: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        z = z.view([x.shape[i] for i in from_a] + [y.shape[i] for i in from_b])
         return z if order is None else z.permute(order)
 
-    return run
+    return Matrices(_matrix(a, (batch, rows, contracted)), _matrix(b, (batch, contracted, columns)), fold)
 
 
 def _matrix(axes: Axes, groups: tuple[list[str], list[str], list[str]]) -> Product:

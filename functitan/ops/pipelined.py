@@ -26,6 +26,7 @@ from functitan.sharding.rules import Dims
 from functitan.sharding.steps import Label, start, summed_in
 
 Piece = tuple[int, int]  # (start, length) along an axis
+_UNIT = 32  # tiles of matmuls, and blocks of float8 formats, are not cut
 
 
 class Work(NamedTuple):
@@ -67,10 +68,12 @@ class Ring(NamedTuple):
 
     @property
     def pieces(self) -> list[Piece]:
-        """A part cut into the pieces that travel, as even as can be."""
+        """A part cut into the pieces that travel, as even as can be: at multiples of 32, if the part is one."""
         assert self.env.pipelined is not None
-        count = max(1, min(self.env.pipelined.pieces, self.size))
-        ends = [self.size * i // count for i in range(count + 1)]
+        unit = _UNIT if self.size % _UNIT == 0 else 1
+        units = self.size // unit
+        count = max(1, min(self.env.pipelined.pieces, units))
+        ends = [units * i // count * unit for i in range(count + 1)]
         return [(begin, end - begin) for begin, end in pairwise(ends)]
 
     def pass_on(self, x: Tensor) -> Callable[[], Tensor]:

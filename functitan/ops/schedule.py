@@ -112,8 +112,8 @@ def run_plan(
 def _parts(full: Contraction, plan: Plan, result: int, group: Group, how: Arithmetic) -> list[_Part]:
     parts = []
     for item in group.products:
-        axes = tuple(full.operands[plan.moved[i][0]].axes for i in item.moved)
-        uses = (how.use(axes, full.results[result].axes, which) for which in range(len(axes)))
+        places = tuple(plan.moved[i][0] for i in item.moved)
+        uses = (how.use(full, places, result, which) for which in range(len(places)))
         parts.append(_Part(result, item, tuple(zip(item.moved, uses, strict=True))))
     return parts
 

@@ -18,6 +18,7 @@ from torch.profiler import record_function
 
 from functitan.errors import MeshError, check_function, report
 from functitan.sharding.distributed import mesh_of
+from functitan.sharding.float8 import Float8
 from functitan.sharding.layout import Layout, layout_of
 from functitan.sharding.ledger import Entry, Ledger, Taps, span_name
 from functitan.sharding.memo import Memo
@@ -43,6 +44,7 @@ class Env(NamedTuple):
     checked: bool = False  # ranks compare programs before they communicate
     line: str = ""  # the user's, where an op was called; only while checked
     precision: Precision | None = None  # none: dtypes are left as they are
+    float8: Float8 | None = None
     capture: Capture | None = None  # of the program that is being captured
     memo: Memo | None = None  # what remat stores, or has stored, of the function that runs
     pipelined: Pipelining | None = None  # what runs beside matmuls; none: nothing does
@@ -66,7 +68,7 @@ class Env(NamedTuple):
         return record_function(span_name(op, pattern, self.phase, self.recomputed)) if self.profiled else _OFF
 
     def note(self, text: str) -> None:
-        """Say something once, where a ledger is kept, or of the program that is being captured."""
+        """Let a ledger, and that of a program which is being captured, say something once."""
         for kept in (self.ledger, self.capture):
             if kept is not None and text not in kept.notes:
                 kept.notes.append(text)

@@ -38,7 +38,7 @@ class Capture:
         # a bool `[]`, and what to raise where it holds
         self.failures: list[tuple[Tensor, Callable[[], Exception]]] = []
         self.calls: dict[Any, Any] = {}  # captured programs that it calls, by the op that stands for each
-        self.notes: list[str] = []  # what a ledger of it should say besides
+        self.notes: list[str] = []  # what a ledger of it should say
         self.recomputations = 0  # so far; the nodes of each are marked with its number
 
     def place(self, mesh: Mesh) -> int:

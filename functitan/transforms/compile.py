@@ -22,6 +22,7 @@ from functitan.ops.function import requires_gradient, transforms_active
 from functitan.sharding.context import Env, current, using
 from functitan.transforms.closures import closure_problems
 from functitan.transforms.flat import TENSOR, Form, join, of_tensors, split
+from functitan.transforms.float8 import FIX_DELAYED, outside
 
 
 def compile(fn: Callable[..., Any], *, skip: Sequence[str] = (), backend: str = "inductor") -> Compiled:
@@ -200,6 +201,8 @@ def _check(compiled: Compiled, env: Env) -> None:
     if env.memo is not None:
         problems.append("a policy of the ft.remat around it cannot choose among the ops inside it")
         fix = "rematerialize inside: ft.compile(ft.remat(fn, policy=...))"
+    if problem := outside(env):
+        problems, fix = [*problems, problem], FIX_DELAYED.format("compile")
     if problems:
         raise FunctitanError(report(compiled.name, problems, fix))
 

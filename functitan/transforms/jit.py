@@ -25,6 +25,7 @@ from functitan.sharding.context import Env, current, within
 from functitan.sharding.ledger import Entry
 from functitan.transforms.donate import check_donated, mark_leaves
 from functitan.transforms.flat import Form, join, of_tensors, split
+from functitan.transforms.float8 import FIX_DELAYED, outside
 
 
 def jit(
@@ -200,5 +201,7 @@ def _check(jitted: Jitted, args: Any, tensors: Sequence[Tensor], what: str) -> N
     problems = [f"donate names argument {n}, but there are {len(args)}" for n in jitted.donate if n >= len(args)]
     if transforms_active() or any(x.requires_grad for x in tensors):
         problems.append("it is called inside a torch.func transform, or with tensors that require grad")
+    if not problems and (problem := outside(current())):
+        raise CaptureError(report(what, [problem], FIX_DELAYED.format("jit")))
     if problems:
         raise CaptureError(report(what, problems, "transform inside, ft.jit(ft.grad(fn)), or detach() the tensors"))

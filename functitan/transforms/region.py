@@ -70,7 +70,9 @@ def recorded(
             return accepts(its)
 
         memo = Memo(saves) if wants else None
-        with using(current()._replace(memo=memo)):
+        here = current()
+        known["mark"] = None if here.float8 is None else here.float8.mark
+        with using(here._replace(memo=memo)):
             results = flat(*xs)
         if isinstance(policy, Names):
             check_names(policy.names, names, where)
@@ -87,7 +89,9 @@ def recorded(
         kept = tuple(Kept(place, tuple(next(left) for _ in range(n))) for place, n in known["places"])
         here = current()
         phase = "backward" if here.phase == "forward" else here.phase
-        with using(here._replace(phase=phase, recomputed=True, memo=Memo(kept=kept) if wants else None)):
+        memo = Memo(kept=kept) if wants else None
+        numbers = None if here.float8 is None else here.float8.at(known["mark"])
+        with using(here._replace(phase=phase, recomputed=True, memo=memo, float8=numbers)):
             return flat(*xs)
 
     def choose(region: Region, tensors: Tensors) -> None:
