@@ -8,77 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from functitan.axes import Axes
 from functitan.ops.arithmetic import Arithmetic, Value
+from functitan.ops.fused import fused_gather, fused_scatter
+from functitan.ops.ring import Ring, Work
 from functitan.sharding.context import Env
 from functitan.sharding.contraction import Contraction
 from functitan.sharding.ledger import span_name
 from functitan.sharding.plan import Plan
 from functitan.sharding.precision import cast
 from functitan.sharding.rings import NONE, Rings, rings
-from functitan.sharding.rules import Dims
-from functitan.sharding.steps import Label, start, summed_in
-
-Piece = tuple[int, int]  # (start, length) along an axis
-_UNIT = 32  # tiles of matmuls, and blocks of float8 formats, are not cut
-
-
-class Work(NamedTuple):
-    """One local product: its operands, the axes of its result, and the sizes of those that it broadcasts."""
-
-    axes: tuple[Axes, ...]
-    values: tuple[Value, ...]
-    result: Axes
-    broadcast: tuple[tuple[str, int], ...]
-
-    def run(self, how: Arithmetic) -> Tensor:
-        """The product."""
-        return how.product(self.axes, self.result, self.values, self.broadcast)
-
-    def part(self, how: Arithmetic, axis: str, piece: Piece, given: dict[int, Value] | None = None) -> Tensor:
-        """The product of a piece of an axis; `given` are values that are such a piece, by their places."""
-        known = given or {}
-        cut = (
-            known[i] if i in known else how.narrow(value, own.index(axis), *piece) if axis in own else value
-            for i, (own, value) in enumerate(zip(self.axes, self.values, strict=True))
-        )
-        return self._replace(values=tuple(cut)).run(how)
-
-
-class Ring(NamedTuple):
-    """Where a ring runs: along an axis, of which each rank of the group over `dims` has a part of `size`."""
-
-    axis: str
-    dims: Dims
-    size: int
-    env: Env
-    label: Label
-
-    @property
-    def place(self) -> tuple[int, int]:
-        """(number of ranks, this rank's number)."""
-        assert self.env.mesh is not None
-        return self.env.mesh.sizes.size(self.dims), self.env.mesh.index(self.dims)
-
-    @property
-    def pieces(self) -> list[Piece]:
-        """A part cut into the pieces that travel, as even as can be: at multiples of 32, if the part is one."""
-        assert self.env.pipelined is not None
-        unit = _UNIT if self.size % _UNIT == 0 else 1
-        units = self.size // unit
-        count = max(1, min(self.env.pipelined.pieces, units))
-        ends = [units * i // count * unit for i in range(count + 1)]
-        return [(begin, end - begin) for begin, end in pairwise(ends)]
-
-    def pass_on(self, x: Tensor) -> Callable[[], Tensor]:
-        """Send to the next rank of the ring; what waits for the tensor of the one before."""
-        return start("permute", x, self.dims, self.env, self.label, 1)
+from functitan.sharding.steps import Label, summed_in
 
 
 def rings_here(full: Contraction, plan: Plan, env: Env, label: Label) -> Rings:
@@ -98,6 +41,8 @@ def after_gather(ring: Ring, x: Value, works: list[tuple[int, Work]], how: Arith
     It passes on what it has while it computes with it, so that after n - 1 messages all have met every part. Sums over
     the gathered axis are taken in float32 or better.
     """
+    if (fused := fused_gather(ring, how.arrive(x), works)) is not None:
+        return fused
     (n, me), pieces = ring.place, ring.pieces
     first, other = works[0]
     at = other.axes[first].index(ring.axis)
@@ -131,6 +76,8 @@ def before_scatter(ring: Ring, works: list[Work], how: Arithmetic) -> tuple[Tens
     Each rank begins with the part of the rank before it, and adds its own to what arrives: the part of a rank is summed
     from the next rank on, around the ring, and last there.
     """
+    if (fused := fused_scatter(ring, works)) is not None:
+        return fused, fused.dtype
     (n, me), pieces = ring.place, ring.pieces
     under_way: list[Callable[[], Tensor]] = []
     done: dict[int, Tensor] = {}

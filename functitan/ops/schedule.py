@@ -12,7 +12,8 @@ from torch import Tensor
 
 from functitan.ops.arithmetic import Arithmetic, Value
 from functitan.ops.local import maximum
-from functitan.ops.pipelined import Ring, Work, after_gather, before_scatter, rings_here
+from functitan.ops.pipelined import after_gather, before_scatter, rings_here
+from functitan.ops.ring import Ring, Work
 from functitan.sharding.context import Env
 from functitan.sharding.contraction import Contraction
 from functitan.sharding.moves import Step

@@ -58,7 +58,7 @@ def make_mesh(
     _check_backend(backend)
     if not running:
         if device_type == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         _meet(lambda: dist.init_process_group(backend, timeout=limit, **({} if started else alone)), world, timeout)
     agree = _agreement("make_mesh", range(world), limit)

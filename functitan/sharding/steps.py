@@ -176,6 +176,11 @@ def start(kind: str, x: Tensor, dims: Dims, env: Env, label: Label, *options: An
     return arrived
 
 
+def enter_fused(x: Tensor, dims: Dims, env: Env, label: Label) -> None:
+    """Enter a `permute` of `x` that an op sends by itself, beside what it computes."""
+    _entered("permute", x, dims, env, label, (1,), hidden=True)
+
+
 def _captured(kind: str, x: Tensor, dims: Dims, env: Env, label: Label, *options: Any) -> Tensor:
     assert env.mesh is not None and env.capture is not None
     detail, n = str(options[0]) if options else "", env.mesh.sizes.size(dims)
