@@ -166,32 +166,40 @@ def _tuple(found):
     return found if isinstance(found, tuple) else (found,)
 
 
-NOT_PIPELINED = {  # a program, its rules, and what its ledger says of a transfer that stays as it was
-    "all_reduce": (RULES.replace(seq="cp"), "the result 'batch seq embed' is not sharded over it"),
-    "no matmul": (RULES.replace(seq="tp", mlp=None), "it comes before no matmul"),
-    "merged": (RULES.replace(seq=("tp", "fsdp"), batch=None), "it is one message with fsdp: name them in dims= too"),
+OUT = "batch whole mlp, mlp embed -> batch embed"
+NOT_PIPELINED = {  # what runs beside a pipelined einsum, under which rules, and what the ledger says of it
+    "all_reduce": (lambda y, w: ft.einsum(OUT, y, w), RULES, "no part is wanted before the others"),
+    "no matmul": (lambda y, w: ft.reduce("mlp embed -> embed", w), RULES, "it comes after no matmul"),
+    "a move": (lambda y, w: ft.constrain("mlp embed -> head embed", w), RULES, "it comes before no matmul"),
+    "merged": (
+        lambda y, w: None,
+        RULES.replace(seq=("fsdp", "tp"), batch=None, embed=None),
+        "it is one message with fsdp: name them in dims= too",
+    ),
+    "lookup": (
+        lambda y, w: ft.take("batch, mlp embed -> batch embed", torch.zeros(1, dtype=torch.int64), w),
+        RULES.replace(batch=None),
+        "it comes after no matmul",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", NOT_PIPELINED)
 def test_explain_says_what_is_not_pipelined_and_why(name):
-    rules, why = NOT_PIPELINED[name]
+    beside, rules, why = NOT_PIPELINED[name]
 
-    def both(params, x):
-        there = ft.constrain("batch seq embed -> batch head embed", x)
-        return mlp(params, x) + ft.constrain("batch head embed -> batch seq embed", there)
+    def fn(params, x):
+        line = ft.einsum("line embed, embed mlp -> line mlp", x[0], params["gate"])  # of any line is pipelined
+        wide = ft.constrain("batch seq embed -> batch whole embed", x)
+        gate = ft.einsum("batch whole embed, embed mlp -> batch whole mlp", wide, params["gate"])
+        if name == "merged":
+            ft.einsum(UP, x, params["gate"], params["up"])
+        return line, beside(gate, params["down"])
 
-    def fn(params, x):  # something else is pipelined
-        other = ft.einsum("tokens width, width hidden -> tokens hidden", x[0], params["gate"])
-        return both(params, x), other
-
-    rules = ft.AxisRules({**rules, "tokens": "tp", "width": None, "hidden": "tp"})
-    notes = predicted(
-        ft.async_tp(lambda params, x: fn(params, x)[0]) if name == "x" else ft.async_tp(fn),
-        dict(fsdp=2, tp=2),
-        rules=rules,
-    ).notes
-    assert any(note.startswith("async_tp: ") and "is not pipelined" in note and why in note for note in notes), notes
+    rules = rules.replace(line="tp", whole=None)
+    notes = predicted(ft.async_tp(fn), dict(fsdp=2, tp=2), rules=rules).notes
+    found = [note for note in notes if note.startswith("async_tp: ") and note.endswith(why)]
+    assert found and all(" over " in note and " is not pipelined: " in note for note in found), notes
 
 
 def test_the_table_shows_what_is_hidden():
@@ -240,7 +248,7 @@ def test_a_function_with_nothing_to_pipeline_is_an_error_that_says_why():
     ],
 )
 def test_bad_options_are_errors(options, problem):
-    with pytest.raises(ft.MeshError, match="Fix: write as in ft.async_tp") as error:
+    with pytest.raises(ft.MeshError, match="Fix: write as in") as error:
         ft.async_tp(mlp, **options)
     assert problem in str(error.value)
     with pytest.raises(ft.FunctitanError, match="it wraps a function"):

@@ -19,15 +19,8 @@ LAYERS = [
     ["sharding.mesh", "sharding.rules", "sharding.layout", "sharding.contraction", "sharding.moves", "sharding.choice"]
     + ["sharding.plan", "sharding.rings", "sharding.precision", "sharding.float8"],
     ["sharding.context", "sharding.distributed", "sharding.virtual", "sharding.ledger", "sharding.program"]
-    + ["sharding.memo"]
-    + [
-        "sharding.agreement",
-        "sharding.steps",
-        "sharding.symmetric",
-        "sharding.collectives",
-        "sharding.explain",
-        "sharding.init",
-    ]
+    + ["sharding.memo", "sharding.symmetric"]
+    + ["sharding.agreement", "sharding.steps", "sharding.collectives", "sharding.explain", "sharding.init"]
     + ["sharding.launch", "sharding.traced", "sharding.lowered", "sharding"],
     ["ops", "ops.*", "capture", "capture.*"],
     ["nn", "nn.*", "transforms", "transforms.*"],
