@@ -43,6 +43,7 @@ from functitan.state import TrainState
 from functitan.train import train_step
 from functitan.transforms import remat_policies
 from functitan.transforms.accumulate import accumulate
+from functitan.transforms.async_tp import async_tp
 from functitan.transforms.checked import check_equal, checked
 from functitan.transforms.compile import compile
 from functitan.transforms.float8 import float8
@@ -73,6 +74,7 @@ __all__ = [
     "TrainState",
     "accumulate",
     "as_mesh",
+    "async_tp",
     "attention",
     "broadcast",
     "check_equal",

@@ -140,4 +140,4 @@ def _without(intervals: list[Interval], others: list[Interval]) -> Iterator[Inte
             yield start, end
 
 
-_COLLECTIVE = re.compile(r"(all_gather|reduce_scatter|all_reduce|all_to_all|permute)\[")
+_COLLECTIVE = re.compile(r"(all_gather|reduce_scatter|all_reduce|all_to_all|permute)\[|wait for ")

@@ -185,7 +185,7 @@ def without_torchrun() -> list[float]:
     for _ in range(2):
         for sizes in ({"fsdp": 1}, {"fsdp": 1, "tp": -1}):
             transport = mesh_of(ft.make_mesh(**sizes, backend="gloo")).transport
-            found.append(transport.all_gather(torch.ones(1), ("fsdp",), ("test", "")).item())
+            found.append(transport.all_gather(torch.ones(1), ("fsdp",), ("test", ""))().item())
         dist.destroy_process_group()
     os.environ["RANK"] = rank
     return found

@@ -17,9 +17,9 @@ LAYERS = [
     ["errors", "tree"],
     ["axes", "param", "random"],
     ["sharding.mesh", "sharding.rules", "sharding.layout", "sharding.contraction", "sharding.moves", "sharding.choice"]
-    + ["sharding.plan", "sharding.precision", "sharding.float8"],
+    + ["sharding.plan", "sharding.rings", "sharding.precision", "sharding.float8"],
     ["sharding.context", "sharding.distributed", "sharding.virtual", "sharding.ledger", "sharding.program"]
-    + ["sharding.memo"]
+    + ["sharding.memo", "sharding.symmetric"]
     + ["sharding.agreement", "sharding.steps", "sharding.collectives", "sharding.explain", "sharding.init"]
     + ["sharding.launch", "sharding.traced", "sharding.lowered", "sharding"],
     ["ops", "ops.*", "capture", "capture.*"],

@@ -92,14 +92,15 @@ def opaque(program: Program, backend: str) -> Opaque:
 
 def call(callee: Opaque, xs: Sequence[Tensor], env: Env) -> tuple[Tensor, ...]:
     """Its results for these inputs; in a capture, by its op. Its collectives are entered into the ledger."""
+    if env.ledger is not None:
+        env.ledger.entries += callee.program.entries()
+    for note in callee.program.notes():
+        env.note(note)
     if env.capture is not None:
         env.capture.calls[callee.op] = callee
         for mesh in callee.program.meshes:
             env.capture.place(mesh)
         return tuple(callee.op(list(xs)))
-    if env.ledger is not None:
-        env.ledger.entries += callee.program.entries()
-        env.ledger.notes += [note for note in callee.program.notes() if note not in env.ledger.notes]
     return tuple(callee.called(xs))
 
 

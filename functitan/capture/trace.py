@@ -27,7 +27,7 @@ from functitan.errors import CaptureError, report
 from functitan.sharding.context import current, using
 from functitan.sharding.ledger import Entry
 from functitan.sharding.mesh import Mesh
-from functitan.sharding.traced import Capture, collective_of, is_collective
+from functitan.sharding.traced import Capture, entry_of, is_collective
 
 
 class Program(NamedTuple):
@@ -46,7 +46,7 @@ class Program(NamedTuple):
         found: list[Entry] = []
         for node in self.graph.graph.nodes:
             if is_collective(node):
-                found.append(collective_of(node).entry())
+                found.append(entry_of(node))
             elif node.target in self.calls:
                 found += self.calls[node.target].program.entries()
         return found

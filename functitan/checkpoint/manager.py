@@ -179,7 +179,7 @@ class Manager:
             return flags[0], flags[1]
         device = next((x.device for x in tree.leaves(state) if isinstance(x, Tensor)), None)
         asked = torch.tensor(flags, dtype=torch.int32, device=device)
-        stop, due = mesh.transport.all_reduce(asked, dims, "max", ("checkpoint.Manager", "")).tolist()
+        stop, due = mesh.transport.all_reduce(asked, dims, "max", ("checkpoint.Manager", ""))().tolist()
         return bool(stop), bool(due)
 
     def _mesh(self, state: tree.Tree) -> Mesh | None:

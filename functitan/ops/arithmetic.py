@@ -21,6 +21,7 @@ from functitan.sharding.moves import Step
 from functitan.sharding.precision import cast, narrowed
 from functitan.sharding.steps import Label, run_step
 
+Start = Callable[[Tensor], Callable[[], Tensor]]  # sends a tensor, and gives what waits for the one that comes
 Value = Any  # what an operand has become: opaque to who schedules moves and products
 
 
@@ -28,8 +29,8 @@ class Arithmetic(NamedTuple):
     """How operands travel and multiply: pure functions of values.
 
     Operands of equal `use` are one value: `pack` makes it for each pair (operand, use) on the shards, `move` runs a
-    step on a value, `arrive` follows the last step. A schedule may instead cut a value by `narrow`, and send what it
-    holds by `travel`, which applies a function to each of its tensors that differs along an axis.
+    step on a value, `arrive` follows the last step. A schedule may instead cut a value by `narrow`, and send it by
+    `travel`: a function starts each of its tensors that differs along an axis, and what comes back waits for the value.
     """
 
     use: Callable[[Contraction, tuple[int, ...], int, int], Any]  # (of it, a product's operands, result; which operand)
@@ -37,7 +38,7 @@ class Arithmetic(NamedTuple):
     move: Callable[[Value, Step, Env, Label], Value]
     arrive: Callable[[Value], Value]
     narrow: Callable[[Value, int, int, int], Value]  # (value, axis, start, length), as of a tensor
-    travel: Callable[[Value, int, Callable[[Tensor], Tensor]], Value]  # (value, axis, send)
+    travel: Callable[[Value, int, Start], Callable[[], Value]]  # (value, axis, start)
     product: Callable[[tuple[Axes, ...], Axes, tuple[Value, ...], tuple[tuple[str, int], ...]], Tensor]
     # that of the vjp, by what its operands are: an operand's place, or their number and a cotangent's place
     backward: Callable[[tuple[int, ...]], Arithmetic | None] = lambda roles: None  # `None`: plain
@@ -56,6 +57,6 @@ def plain(compute: torch.dtype | None) -> Arithmetic:
         move=move,
         arrive=lambda x: cast(x, compute),
         narrow=lambda x, axis, start, length: x.narrow(axis, start, length),
-        travel=lambda x, axis, send: send(narrowed(x, compute)),
+        travel=lambda x, axis, start: start(narrowed(x, compute)),
         product=product,
     )

@@ -12,17 +12,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functitan.axes import Axes
-from functitan.ops.arithmetic import Arithmetic, Value, plain
+from functitan.ops.arithmetic import Arithmetic, plain
 from functitan.ops.function import Call, Hidden, Hiddens, Op, apply, hidden_axes, hide
-from functitan.ops.local import maximum, product
+from functitan.ops.local import product
+from functitan.ops.schedule import run_plan
 from functitan.ops.types import Type, check_cotangents, resolve
 from functitan.sharding.choice import FREE, Fixed
 from functitan.sharding.context import Env
 from functitan.sharding.contraction import Contraction, Term, cotangents, tangents
-from functitan.sharding.plan import Plan, Product, plan
+from functitan.sharding.plan import Plan, plan
 from functitan.sharding.precision import cast
-from functitan.sharding.steps import Label, settle
+from functitan.sharding.steps import Label
 
 Dtypes = tuple[torch.dtype | None, ...]
 
@@ -105,56 +105,9 @@ def lift(own: Type, x: Tensor, hidden: Hiddens, env: Env, label: Label) -> Tenso
 
 def _run(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
     static: Static = call.static
-    how, env, label = static.arithmetic, call.env, static.label
-    uses = _uses(static)
-    wanted = tuple(dict.fromkeys((static.plan.moved[i][0], use) for i, use in uses))
-    packed = dict(zip(wanted, how.pack(tensors, wanted, static.full, env, label), strict=True))
-    moved: dict[Any, Value] = {}
-
-    def operand(index: int, use: Any) -> Value:
-        if (index, use) not in moved:
-            place, steps = static.plan.moved[index]
-            value = packed[place, use]
-            for step in steps:
-                value = how.move(value, step, env, label)
-            moved[index, use] = how.arrive(value)
-        return moved[index, use]
-
-    results: list[Tensor] = []
-    left = iter(uses)
-    for groups, layout, dtype in zip(static.plan.results, static.full.results, static.made, strict=True):
-        total: Tensor | None = None
-        for group in groups:
-            part: Tensor | None = None
-            for item in group.products:
-                values = tuple(operand(*next(left)) for _ in item.moved)
-                if static.reduction == "sum":
-                    value = how.product(_axes(static, item), layout.axes, values, item.broadcast)
-                else:
-                    value = maximum(_axes(static, item)[0], layout.axes, values[0])
-                part = value if part is None else part + value
-            assert part is not None
-            part = settle(part, part.dtype, dtype or part.dtype, group.steps, env, label, static.reduction)
-            total = part if total is None else total + part
-        assert total is not None
-        results.append(total)
-    return tuple(results)
-
-
-def _uses(static: Static) -> list[tuple[int, Any]]:
-    """What each product takes, in order: the place of an operand in `plan.moved`, and its use."""
-    return [
-        (moved, static.arithmetic.use(static.full, places, r, which))
-        for r, groups in enumerate(static.plan.results)
-        for group in groups
-        for item in group.products
-        for places in (tuple(static.plan.moved[i][0] for i in item.moved),)
-        for which, moved in enumerate(item.moved)
-    ]
-
-
-def _axes(static: Static, item: Product) -> tuple[Axes, ...]:
-    return tuple(static.full.operands[static.plan.moved[i][0]].axes for i in item.moved)
+    return run_plan(
+        static.full, static.plan, tensors, static.made, static.reduction, static.arithmetic, call.env, static.label
+    )
 
 
 def _vjp(call: Call, tensors: tuple[Tensor, ...], _: Any, grads: tuple[Tensor | None, ...], wanted: tuple[int, ...]):

@@ -17,6 +17,7 @@ from functitan.errors import PatternError, nearest, report
 from functitan.ops.contraction import lift
 from functitan.ops.function import Call, Hidden, Hiddens, Op, apply, hidden_axes, hide
 from functitan.ops.operands import Operand, check_operands
+from functitan.ops.pipelined import rings_here
 from functitan.ops.rows import LookupAxes, put_rows, take_rows
 from functitan.ops.types import Type, check_cotangents, global_sizes, resolve
 from functitan.sharding.choice import Fixed
@@ -184,6 +185,7 @@ def _lookup(
 def _run(call: Call, *tensors: Tensor) -> tuple[Tensor]:
     static: _Static = call.static
     assert call.env.mesh is not None
+    rings_here(static.full, static.plan, call.env, static.label)  # none: a lookup is no matmul
     ((group,),) = static.plan.results
     (item,) = group.products
     moved = []

@@ -95,10 +95,11 @@ def narrow(q: Quantized, axis: int, start: int, length: int) -> Quantized:
     return q._replace(data=data, scale=q.scale.narrow(axis, start // size, length // size))
 
 
-def travel(q: Quantized, axis: int, send: Callable[[Tensor], Tensor]) -> Quantized:
-    """`send` of what differs along an axis: the bytes of the numbers, and the scales unless they share one."""
-    data = send(q.data.view(torch.uint8)).view(q.data.dtype)
-    return q._replace(data=data) if axis in q.shared else q._replace(data=data, scale=send(q.scale))
+def travel(q: Quantized, axis: int, start: Callable[[Tensor], Callable[[], Tensor]]) -> Callable[[], Quantized]:
+    """Start what differs along an axis: the bytes of the numbers, and the scales unless they share one."""
+    data = start(q.data.view(torch.uint8))
+    scale = (lambda: q.scale) if axis in q.shared else start(q.scale)
+    return lambda: q._replace(data=data().view(q.data.dtype), scale=scale())
 
 
 def _power(exponents: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from functitan.sharding.memo import Memo
 from functitan.sharding.mesh import Mesh, MeshSizes, Transport
 from functitan.sharding.precision import Precision
 from functitan.sharding.program import user_line
+from functitan.sharding.rings import Pipelining
 from functitan.sharding.rules import AxisRules, check_rules
 from functitan.sharding.traced import Capture
 
@@ -46,6 +47,7 @@ class Env(NamedTuple):
     float8: Float8 | None = None
     capture: Capture | None = None  # of the program that is being captured
     memo: Memo | None = None  # what remat stores, or has stored, of the function that runs
+    pipelined: Pipelining | None = None  # what runs beside matmuls; none: nothing does
     profiled: bool = False  # ops, collectives and phases name their spans for `ft.profile`
 
     def layout(self, axes: tuple[str, ...]) -> Layout:
@@ -61,15 +63,15 @@ class Env(NamedTuple):
             return self
         return self._replace(mesh=_ALONE, rules=_nothing_sharded(axes, tuple(name for _, name in self.vmap_axes)))
 
-    def note(self, text: str) -> None:
-        """Let a ledger, or a captured program's, say something once."""
-        holder = self.ledger if self.capture is None else self.capture
-        if holder is not None and text not in holder.notes:
-            holder.notes.append(text)
-
     def span(self, op: str, pattern: str) -> AbstractContextManager[Any]:
         """The span of an op in a trace; nothing where no profile is on."""
         return record_function(span_name(op, pattern, self.phase, self.recomputed)) if self.profiled else _OFF
+
+    def note(self, text: str) -> None:
+        """Let a ledger, and that of a program which is being captured, say something once."""
+        for kept in (self.ledger, self.capture):
+            if kept is not None and text not in kept.notes:
+                kept.notes.append(text)
 
     def entry(self, collective: str, dims: tuple[str, ...], nbytes: int, dtype: Any, op: str, pattern: str) -> Entry:
         """What a collective here enters into a ledger."""

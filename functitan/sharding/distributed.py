@@ -12,7 +12,8 @@ import os
 import sys
 import weakref
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache, partial
 from typing import Any
@@ -27,7 +28,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout as set_pg_timeout
 
 from functitan.errors import CollectiveError, MeshError, report
 from functitan.sharding.agreement import agreement
-from functitan.sharding.mesh import Mesh, MeshSizes, Transport, infer_sizes, mesh_sizes
+from functitan.sharding.mesh import Mesh, MeshSizes, Transport, Wait, infer_sizes, mesh_sizes
 from functitan.sharding.program import FIX, describe
 from functitan.sharding.rules import Dims
 
@@ -57,7 +58,7 @@ def make_mesh(
     _check_backend(backend)
     if not running:
         if device_type == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         _meet(lambda: dist.init_process_group(backend, timeout=limit, **({} if started else alone)), world, timeout)
     agree = _agreement("make_mesh", range(world), limit)
@@ -138,13 +139,16 @@ def _timeout(group: dist.ProcessGroup, device_type: str) -> timedelta | None:
 def _transport(group: Callable[[Dims], tuple[str, int, int]], agree: Callable[..., None], exchanges: bool) -> Transport:
     ops, wait = torch.ops._c10d_functional, torch.ops._c10d_functional.wait_tensor
 
-    def run(kind: str, x: Tensor, dims: Dims, note: tuple, send: Callable[..., Tensor]) -> Tensor:
-        try:
-            return wait(send(x.contiguous(), *group(dims)))
-        except RuntimeError as error:
-            if type(error) is RuntimeError or isinstance(error, dist.DistError):  # not: out of memory, tracing
-                raise CollectiveError(_failed(kind, x, dims, note, error)) from error
-            raise
+    def run(kind: str, x: Tensor, dims: Dims, note: tuple, send: Callable[..., Tensor], end: Callable = _as_is) -> Wait:
+        program = partial(describe, kind, dims, tuple(x.shape), x.dtype, note)
+        with _failing(program):
+            sent = send(x.contiguous(), *group(dims))
+
+        def arrived() -> Tensor:
+            with _failing(program):
+                return end(wait(sent))
+
+        return arrived
 
     def exchange(x, name, n, _):
         return ops.all_to_all_single(x, [1] * n, [1] * n, name)
@@ -156,9 +160,8 @@ def _transport(group: Callable[[Dims], tuple[str, int, int]], agree: Callable[..
     def reduce_scatter(x, dims, op, note):
         reduce = lambda x, name, n, _: ops.reduce_scatter_tensor(x, op, n, name)
         if not exchanges:
-            return run("reduce_scatter", x, dims, note, reduce).squeeze(0)
-        parts = run("reduce_scatter", x, dims, note, exchange)
-        return parts.sum(0) if op == "sum" else parts.amax(0)
+            return run("reduce_scatter", x, dims, note, reduce, _only)
+        return run("reduce_scatter", x, dims, note, exchange, lambda y: y.sum(0) if op == "sum" else y.amax(0))
 
     def all_reduce(x, dims, op, note):
         return run("all_reduce", x, dims, note, lambda x, name, n, _: ops.all_reduce(x, op, name))
@@ -172,7 +175,7 @@ def _transport(group: Callable[[Dims], tuple[str, int, int]], agree: Callable[..
             send[(me + shift) % n] = receive[(me - shift) % n] = 1
             return ops.all_to_all_single(x, receive, send, name)
 
-        return run("permute", x.unsqueeze(0), dims, note, pass_on).squeeze(0)
+        return run("permute", x.unsqueeze(0), dims, note, pass_on, _only)
 
     return Transport(
         "distributed", all_gather, reduce_scatter, all_reduce, all_to_all, permute, agree, group, exchanges
@@ -216,9 +219,23 @@ def _check_backend(backend: str) -> None:
         raise MeshError(report("ft.make_mesh", [problem], "choose one of them, or register it with torch first"))
 
 
-def _failed(kind: str, x: Tensor, dims: Dims, note: tuple, error: RuntimeError) -> str:
-    what = f"process {dist.get_rank()} in {describe(kind, dims, tuple(x.shape), x.dtype, note)}"
-    return report(what, [_first_line(error)], f"{FIX}: look for one that failed, left, or waits elsewhere")
+def _as_is(x: Tensor) -> Tensor:
+    return x
+
+
+def _only(x: Tensor) -> Tensor:
+    return x.squeeze(0)
+
+
+@contextmanager
+def _failing(program: Callable[[], str]) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error) is RuntimeError or isinstance(error, dist.DistError):  # not: out of memory, tracing
+            what = f"process {dist.get_rank()} in {program()}"
+            raise CollectiveError(report(what, [_first_line(error)], _FIX_FAILED)) from error
+        raise
 
 
 def _alone(world: int, timeout: float, error: dist.DistError) -> str:
@@ -229,3 +246,6 @@ def _alone(world: int, timeout: float, error: dist.DistError) -> str:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+_FIX_FAILED = f"{FIX}: look for one that failed, left, or waits elsewhere"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,7 +115,7 @@ def shapes_only(sizes: MeshSizes) -> Transport:
 
     kinds = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "permute")
     sends: dict[str, Any] = {
-        kind: lambda x, dims, *options, kind=kind: unsent(kind, x, sizes.size(dims)) for kind in kinds
+        kind: lambda x, dims, *options, kind=kind: partial(unsent, kind, x, sizes.size(dims)) for kind in kinds
     }
     return Transport("explain", **sends, agree=lambda program, wait=True: None)
 

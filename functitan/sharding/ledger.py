@@ -36,16 +36,29 @@ class Entry(NamedTuple):
     recomputed: bool
     op: str
     pattern: str
+    hidden: bool = False  # computation that does not wait for it runs while it travels
 
     @property
     def name(self) -> str:
-        """What a trace of `ft.profile` calls it.
+        """What a trace of `ft.profile` calls it; of a hidden one, its start.
 
         >>> Entry("all_gather", ("fsdp",), 8, torch.float32, "backward", False, "einsum", "a b, b c -> a c").name
         'all_gather[fsdp] einsum a b, b c -> a c (backward)'
         """
-        dims = ",".join(self.mesh_dims)
-        return f"{self.collective}[{dims}] {span_name(self.op, self.pattern, self.phase, self.recomputed)}"
+        what = f"{self.collective}[{','.join(self.mesh_dims)}]" + (" hidden" if self.hidden else "")
+        return f"{what} {span_name(self.op, self.pattern, self.phase, self.recomputed)}"
+
+    @property
+    def wait(self) -> str:
+        """What a trace calls the wait for a hidden one: what of it is exposed.
+
+        >>> Entry("permute", ("tp",), 8, torch.float32, "forward", False, "einsum", "a b, b c -> a c", True).wait
+        'wait for permute over tp, einsum a b, b c -> a c'
+        """
+        over = ",".join(self.mesh_dims)
+        return f"wait for {self.collective} over {over}, " + span_name(
+            self.op, self.pattern, self.phase, self.recomputed
+        )
 
 
 def span_name(op: str, pattern: str, phase: str, recomputed: bool) -> str:
@@ -103,6 +116,9 @@ class Ledger:
             f"{len(self.entries)} collectives, {_size(self.total_bytes())} sent by each rank"
             + (f" ({over})" if over else "")
         ]
+        if hidden := [entry for entry in self.entries if entry.hidden]:
+            sent = sum(entry.bytes for entry in hidden)
+            lines.append(f"{len(hidden)} of them, {_size(sent)}, travel while something is computed (hidden)")
         if self.argument_bytes is not None:
             lines.append(f"arguments {_size(self.argument_bytes)} on each rank")
         if self.peak_bytes is not None:
@@ -136,7 +152,8 @@ def _row(run: tuple[Entry, int]) -> tuple[str, ...]:
     phase = entry.phase + (" (again)" if entry.recomputed else "")
     dtype = str(entry.dtype).removeprefix("torch.")
     dims = "·".join(entry.mesh_dims)
-    return phase, entry.collective, dims, _size(entry.bytes), dtype, str(times), entry.op, _short(entry.pattern)
+    collective = entry.collective + (" (hidden)" if entry.hidden else "")
+    return phase, collective, dims, _size(entry.bytes), dtype, str(times), entry.op, _short(entry.pattern)
 
 
 def _size(nbytes: int) -> str:

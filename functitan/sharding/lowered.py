@@ -6,21 +6,23 @@ on gloo a reduce-scatter is an all-to-all, and a sum that the compiler fuses wit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from functitan.sharding.context import within
+from functitan.sharding.ledger import Entry
 from functitan.sharding.mesh import Mesh
-from functitan.sharding.traced import OWN, Collective, collective_of, emit, is_collective, options_of
+from functitan.sharding.traced import OWN, Collective, collective_of, emit, entry_of, is_collective, options_of
 
 
 def lower_collectives(graph: GraphModule, meshes: tuple[Mesh, ...], compiled: bool) -> GraphModule:
     """Replace each captured collective by what runs it on its mesh: functional c10d ops where `compiled`.
 
-    Those start where the captured one stands, and are waited for where the result is first used.
+    It starts where the captured one stands, and is waited for where the result is first used.
     """
     for node in list(graph.graph.nodes):
         if node.target is OWN:
@@ -28,13 +30,12 @@ def lower_collectives(graph: GraphModule, meshes: tuple[Mesh, ...], compiled: bo
             at = meshes[mesh].index((dim,))
             node.target, node.args = torch.ops.aten.slice.Tensor, (x, axis, at, at + 1)
         if is_collective(node):
-            its = collective_of(node)
+            its, entry = collective_of(node), entry_of(node)
             mesh = meshes[its.mesh]
             with graph.graph.inserting_before(node):
-                new = _started(graph.graph, its, mesh) if compiled else _called(graph, its, mesh)
-            if compiled:
-                with graph.graph.inserting_before(_first_user(node)):
-                    new = _finished(graph.graph, its, new, mesh)
+                new = _started(graph.graph, its, mesh) if compiled else _called(graph.graph, its, entry, mesh)
+            with graph.graph.inserting_before(_first_user(node)):
+                new = _finished(graph.graph, its, new, mesh) if compiled else _awaited(graph.graph, new, entry)
             new.meta.update(node.meta)
             node.replace_all_uses_with(new)
             graph.graph.erase_node(node)
@@ -49,15 +50,18 @@ def _first_user(node: Node) -> Node:
     return after
 
 
-def _called(graph: GraphModule, its: Collective, mesh: Mesh) -> Node:
-    call = partial(_run, mesh=mesh, its=its._replace(x=None), name=its.entry().name)
-    call.__name__ = its.kind  # type: ignore[attr-defined]  # a graph's printed code wants one
-    return graph.graph.call_function(call, (its.x,))
+def _called(graph: Graph, its: Collective, entry: Entry, mesh: Mesh) -> Node:
+    start, rest = getattr(mesh.transport, its.kind), (its.mesh_dims, *options_of(its), (its.op, its.pattern))
+    return _call(graph, its.kind, lambda x: within(entry.name, start, x, *rest), its.x)
 
 
-def _run(x: Tensor, mesh: Mesh, its: Collective, name: str) -> Tensor:
-    send = partial(getattr(mesh.transport, its.kind), x, its.mesh_dims, *options_of(its), (its.op, its.pattern))
-    return within(name, send)
+def _awaited(graph: Graph, sent: Node, entry: Entry) -> Node:
+    return _call(graph, "wait", lambda wait: within(entry.wait, wait), sent)
+
+
+def _call(graph: Graph, name: str, run: Callable[..., Any], x: Node) -> Node:
+    run.__name__ = name  # a graph's printed code wants one
+    return graph.call_function(run, (x,))
 
 
 def _started(graph: Graph, its: Collective, mesh: Mesh) -> Node:

@@ -31,8 +31,14 @@ class MeshSizes(NamedTuple):
         return _size(self, (dims,) if isinstance(dims, str) else dims)
 
 
+Wait = Callable[[], Any]
+
+
 class Transport(NamedTuple):
     """How one rank's messages travel: five pure functions of a tensor and the mesh dims of a group, and a check.
+
+    Each starts a message and gives the function that waits for its result; what runs between the two hides it. Ranks
+    start the same messages in the same order, and leave `x` as it is until they have waited.
 
     The order of the dims is the order of the ranks in the group, outermost first; N is their number. `op` is "sum" or
     "max"; `note` names op and pattern in errors. `agree` raises `CollectiveError` unless all ranks of this pipeline
@@ -40,11 +46,11 @@ class Transport(NamedTuple):
     """
 
     name: str
-    all_gather: Callable[..., Any]  # (x, dims, note) -> [N, *x.shape]
-    reduce_scatter: Callable[..., Any]  # (x: [N, ...], dims, op, note) -> x.shape[1:]
-    all_reduce: Callable[..., Any]  # (x, dims, op, note) -> x.shape
-    all_to_all: Callable[..., Any]  # (x: [N, ...], dims, note) -> [N, ...]: row j goes to rank j
-    permute: Callable[..., Any]  # (x, dims, shift, note) -> x of the rank `shift` places before
+    all_gather: Callable[..., Wait]  # (x, dims, note) -> () -> [N, *x.shape]
+    reduce_scatter: Callable[..., Wait]  # (x: [N, ...], dims, op, note) -> () -> x.shape[1:]
+    all_reduce: Callable[..., Wait]  # (x, dims, op, note) -> () -> x.shape
+    all_to_all: Callable[..., Wait]  # (x: [N, ...], dims, note) -> () -> [N, ...]: row j goes to rank j
+    permute: Callable[..., Wait]  # (x, dims, shift, note) -> () -> x of the rank `shift` places before
     agree: Callable[..., None]  # (program, wait=True)
     group: Callable[..., Any] | None = None  # (dims) -> (its c10d name, number of ranks, this rank's number)
     exchanges: bool = False  # a reduce-scatter runs as an all-to-all of the same bytes, and a sum

@@ -1,13 +1,14 @@
 """The steps of plans, run on this rank's tensors: sub-axes of framed axes are gathered, scattered and exchanged.
 
-Invariant: every collective that runs anywhere passes through `send`, which enters it into the ledger and, while
-`ft.checked`, lets all ranks agree on it first.
+Invariant: every collective that runs anywhere passes through `send` or `start`, which enter it into the ledger and,
+while `ft.checked`, let all ranks agree on it first.
 """
 
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from functitan.sharding.context import Env
-from functitan.sharding.ledger import FORMULAS
+from functitan.sharding.ledger import FORMULAS, Entry
+from functitan.sharding.mesh import Wait
 from functitan.sharding.moves import Step, View
 from functitan.sharding.precision import narrowed
 from functitan.sharding.program import describe
@@ -64,10 +66,15 @@ def settle(
     for step in steps:
         if step.kind in ("all_gather", "all_to_all"):
             x = narrowed(x, goal)
-        elif step.kind != "slice" and op == "sum" and env.precision is not None and own.is_floating_point:
-            x = x.to(env.precision.reduces(step.dims, own))
+        elif step.kind != "slice" and op == "sum" and env.precision is not None:
+            x = x.to(summed_in(own, step.dims, env))
         x = run_step(x, step, env, label, op)
     return x.to(goal)
+
+
+def summed_in(own: torch.dtype, dims: Dims, env: Env) -> torch.dtype:
+    """The dtype in which values of dtype `own` are summed over these mesh dims."""
+    return own if env.precision is None or not own.is_floating_point else env.precision.reduces(dims, own)
 
 
 def _framed(x: Tensor, step: Step) -> tuple[list[int], list[int]]:
@@ -141,21 +148,65 @@ def reduced(x: Tensor, step: Step, env: Env, label: Label, op: str, dtype: torch
 
 def send(kind: str, x: Tensor, dims: Dims, env: Env, label: Label, *options: Any) -> Tensor:
     """Run one collective over a group of mesh dims, and enter it into the ledger; first agree on it, if checked."""
-    assert env.mesh is not None
-    n = env.mesh.sizes.size(dims)
     if env.capture is not None:
-        detail = str(options[0]) if options else ""
-        place = env.capture.place(env.mesh)
-        return collective(x, kind, place, n, " ".join(dims), detail, *label, env.phase, env.recomputed)
-    span = nullcontext()
+        return _captured(kind, x, dims, env, label, *options)
+    entry = _entered(kind, x, dims, env, label, options, hidden=False)
+    with _span(entry and entry.name):
+        return _begun(kind, x, dims, env, label, *options)()
+
+
+def start(kind: str, x: Tensor, dims: Dims, env: Env, label: Label, *options: Any) -> Callable[[], Tensor]:
+    """Start a collective, as `send` would run it; the function that waits for its result, to be called once.
+
+    What is computed between the two hides it: the ledger's entry is `hidden`. Until then `x` stays as it is, and all
+    ranks of the group start their collectives in one order. A captured one starts where it stands in the graph, and is
+    waited for where its result is first used. A trace has the entry's name for the start, and its `wait` for the wait.
+    """
+    entry = _entered(kind, x, dims, env, label, options, hidden=True)
+    if env.capture is not None:
+        result = _captured(kind, x, dims, env, label, *options)
+        return lambda: result
+    with _span(entry and entry.name):
+        wait = _begun(kind, x, dims, env, label, *options)
+
+    def arrived() -> Tensor:
+        with _span(entry and entry.wait):
+            return wait()
+
+    return arrived
+
+
+def enter_fused(x: Tensor, dims: Dims, env: Env, label: Label) -> None:
+    """Enter a `permute` of `x` that an op sends by itself, beside what it computes."""
+    _entered("permute", x, dims, env, label, (1,), hidden=True)
+
+
+def _captured(kind: str, x: Tensor, dims: Dims, env: Env, label: Label, *options: Any) -> Tensor:
+    assert env.mesh is not None and env.capture is not None
+    detail, n = str(options[0]) if options else "", env.mesh.sizes.size(dims)
+    place = env.capture.place(env.mesh)
+    return collective(x, kind, place, n, " ".join(dims), detail, *label, env.phase, env.recomputed)
+
+
+def _entered(kind: str, x: Tensor, dims: Dims, env: Env, label: Label, options: tuple, hidden: bool) -> Entry | None:
+    """Enter a collective into the ledger, and agree on it; what a trace should show, where a profile is on."""
+    assert env.mesh is not None
+    entry = None
     if env.ledger is not None or env.profiled:
-        entry = env.entry(kind, dims, FORMULAS[kind](x.numel() * x.element_size(), n), x.dtype, *label)
+        nbytes = FORMULAS[kind](x.numel() * x.element_size(), env.mesh.sizes.size(dims))
+        entry = env.entry(kind, dims, nbytes, x.dtype, *label)._replace(hidden=hidden)
         if env.ledger is not None:
             env.ledger.entries.append(entry)
-        if env.profiled:
-            span = record_function(entry.name)
     if env.checked:
         program = describe("-".join(map(str, (kind, *options))), dims, tuple(x.shape), x.dtype, label)
         env.mesh.transport.agree(f"runs {program} in {env.phase}" + (f" at {env.line}" if env.line else ""))
-    with span:
-        return getattr(env.mesh.transport, kind)(x, dims, *options, label)
+    return entry if env.profiled else None
+
+
+def _begun(kind: str, x: Tensor, dims: Dims, env: Env, label: Label, *options: Any) -> Wait:
+    assert env.mesh is not None
+    return getattr(env.mesh.transport, kind)(x, dims, *options, label)
+
+
+def _span(name: str | None) -> AbstractContextManager[Any]:
+    return record_function(name) if name else nullcontext()

@@ -6,6 +6,7 @@ passes and ledgers read it from the graph alone. The ops have shapes and no kern
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define("own(Tensor x, int axis, int mesh, str dim) -> Tensor")
 COLLECTIVE = torch.ops.functitan.collective.default
+_PRODUCT = re.compile(r"aten\.(\w*mm|_scaled_dot_product\w*)\.|functitan_regions\.")  # what takes time to speak of
 OWN = torch.ops.functitan.own.default  # the part of an axis that is of this rank's number along a mesh dim: of size 1
 
 
@@ -63,12 +65,6 @@ class Collective(NamedTuple):
     def mesh_dims(self) -> Dims:
         return tuple(self.dims.split())
 
-    def entry(self) -> Entry:
-        """What it enters into a ledger."""
-        x = self.x.meta["val"]
-        sent = FORMULAS[self.kind](x.numel() * x.element_size(), self.size)
-        return Entry(self.kind, self.mesh_dims, sent, x.dtype, self.phase, self.recomputed, self.op, self.pattern)
-
 
 def collective(x: Tensor, *rest: Any) -> Tensor:
     """Put a collective into the graph that is being traced: `rest` are the fields of `Collective` after `x`."""
@@ -90,6 +86,18 @@ def collective_of(node: Node) -> Collective:
     """The collective that a node stands for."""
     fields: tuple[Any, ...] = node.args
     return Collective(*fields)
+
+
+def entry_of(node: Node) -> Entry:
+    """What a captured collective enters into a ledger; hidden where a product stands between it and its first use."""
+    its = collective_of(node)
+    x = its.x.meta["val"]
+    sent = FORMULAS[its.kind](x.numel() * x.element_size(), its.size)
+    after, hidden = node.next, False
+    while after not in node.users and after.op != "output" and not hidden:
+        hidden, after = _PRODUCT.search(str(after.target)) is not None, after.next
+    of = its.kind, its.mesh_dims, sent, x.dtype, its.phase, its.recomputed, its.op, its.pattern
+    return Entry(*of, hidden)
 
 
 def options_of(its: Collective) -> tuple:

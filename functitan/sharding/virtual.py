@@ -1,7 +1,7 @@
 """A mesh of threads: every rank of an SPMD program in one process, with collectives that meet at a table.
 
 Invariant: the last rank to arrive at a collective works out every rank's result, summing in rank order, so results
-are the same bits in every run, and no rank reads another's tensor after it has gone on. A rank that fails, leaves, or
+are the same bits in every run, and no rank reads another's tensor after that one's wait. A rank that fails, leaves, or
 runs another program ends the others with an error instead of a hang.
 """
 
@@ -18,7 +18,7 @@ import torch
 
 from functitan.errors import CollectiveError, MeshError, check_function, report
 from functitan.sharding.context import current, using, within
-from functitan.sharding.mesh import Mesh, MeshSizes, Transport, mesh_sizes
+from functitan.sharding.mesh import Mesh, MeshSizes, Transport, Wait, mesh_sizes
 from functitan.sharding.program import describe, disagree, waited
 from functitan.sharding.rules import Dims
 
@@ -102,8 +102,8 @@ class _Table:
                 self.errors.append((rank, error))
             self.condition.notify_all()
 
-    def meet(self, rank: int, group: tuple[int, ...], program: Any, x: Any, combine: Callable[[list], list]) -> Any:
-        """Hand in `x`, wait for the group, and take away this rank's part of `combine` of all."""
+    def meet(self, rank: int, group: tuple[int, ...], program: Any, x: Any, combine: Callable[[list], list]) -> Wait:
+        """Hand in `x`; what waits for the group, and takes away this rank's part of `combine` of all."""
         with self.condition:
             count = self.counts[rank, group] = self.counts.get((rank, group), 0) + 1
             key = (group, count)
@@ -118,6 +118,9 @@ class _Table:
                 del self.arrived[key]
                 self.results[key] = dict(zip(group, results, strict=True))
                 self.condition.notify_all()
+        return functools.partial(self._take, rank, group, key, there, program)
+
+    def _take(self, rank: int, group: tuple[int, ...], key: Any, there: dict[int, Any], program: Any) -> Any:
         with self.condition:
             done = self.condition.wait_for(
                 lambda: (
@@ -148,7 +151,7 @@ def _transport(table: _Table, sizes: MeshSizes, coordinate: tuple[int, ...]) -> 
             for at in itertools.product(*(range(sizes.sizes[p]) for p in places))
         )
 
-    def meet(kind: str, x: torch.Tensor, dims: Dims, note: tuple, combine: Callable[[list], list]) -> Any:
+    def meet(kind: str, x: torch.Tensor, dims: Dims, note: tuple, combine: Callable[[list], list]) -> Wait:
         return table.meet(me, members(dims), (kind, dims, tuple(x.shape), str(x.dtype), *note), x, combine)
 
     def all_gather(x, dims, note):
@@ -174,7 +177,7 @@ def _transport(table: _Table, sizes: MeshSizes, coordinate: tuple[int, ...]) -> 
     def agree(program, wait=True):
         if wait:  # else it leaves with an error, which the table shows
             stage = tuple(dim for dim in sizes.dims if dim != "pp")
-            table.meet(me, members(stage), program, None, lambda nothing: nothing)
+            table.meet(me, members(stage), program, None, lambda nothing: nothing)()
 
     return Transport("virtual", all_gather, reduce_scatter, all_reduce, all_to_all, permute, agree)
 

@@ -83,7 +83,8 @@ class Jitted:
         found = self._find(args, leaves, structure, env)
         if env.ledger is not None:
             env.ledger.entries += found.entries
-            env.ledger.notes += [note for note in found.program.notes() if note not in env.ledger.notes]
+        for note in found.program.notes():
+            env.note(note)
         return within(self.what, _call, found, args, leaves)
 
     def graph(self, *args: Any) -> GraphModule:
