@@ -45,6 +45,7 @@ from functitan.transforms import remat_policies
 from functitan.transforms.accumulate import accumulate
 from functitan.transforms.checked import check_equal, checked
 from functitan.transforms.compile import compile
+from functitan.transforms.context_parallel import context_parallel, zigzag
 from functitan.transforms.grad import grad, hvp, jvp, value_and_grad
 from functitan.transforms.jit import jit
 from functitan.transforms.precision import precision
@@ -80,6 +81,7 @@ __all__ = [
     "checkpoint_name",
     "compile",
     "constrain",
+    "context_parallel",
     "cross_entropy",
     "data",
     "dropout",
@@ -123,6 +125,7 @@ __all__ = [
     "unshard",
     "value_and_grad",
     "vmap",
+    "zigzag",
 ]
 
 

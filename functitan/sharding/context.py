@@ -25,6 +25,7 @@ from functitan.sharding.mesh import Mesh, MeshSizes, Transport
 from functitan.sharding.precision import Precision
 from functitan.sharding.program import user_line
 from functitan.sharding.rules import AxisRules, check_rules
+from functitan.sharding.sequence import DEFAULT, Sequence
 from functitan.sharding.traced import Capture
 
 
@@ -44,6 +45,7 @@ class Env(NamedTuple):
     precision: Precision | None = None  # none: dtypes are left as they are
     capture: Capture | None = None  # of the program that is being captured
     memo: Memo | None = None  # what remat stores, or has stored, of the function that runs
+    sequence: Sequence = DEFAULT  # how positions lie, and how attention meets them where they are sharded
     profiled: bool = False  # ops, collectives and phases name their spans for `ft.profile`
 
     def layout(self, axes: tuple[str, ...]) -> Layout:

@@ -139,8 +139,16 @@ def _transport(group: Callable[[Dims], tuple[str, int, int]], agree: Callable[..
     ops, wait = torch.ops._c10d_functional, torch.ops._c10d_functional.wait_tensor
 
     def run(kind: str, x: Tensor, dims: Dims, note: tuple, send: Callable[..., Tensor]) -> Tensor:
+        return begun(kind, x, dims, note, send)()
+
+    def begun(kind: str, x: Tensor, dims: Dims, note: tuple, send: Callable[..., Tensor]) -> Callable[[], Tensor]:
+        x = x.contiguous()  # and kept: it is read until the wait ends
+        sent = told(kind, x, dims, note, lambda: send(x, *group(dims)))
+        return lambda: told(kind, x, dims, note, lambda: wait(sent))
+
+    def told(kind: str, x: Tensor, dims: Dims, note: tuple, does: Callable[[], Tensor]) -> Tensor:
         try:
-            return wait(send(x.contiguous(), *group(dims)))
+            return does()
         except RuntimeError as error:
             if type(error) is RuntimeError or isinstance(error, dist.DistError):  # not: out of memory, tracing
                 raise CollectiveError(_failed(kind, x, dims, note, error)) from error
@@ -167,16 +175,19 @@ def _transport(group: Callable[[Dims], tuple[str, int, int]], agree: Callable[..
         return run("all_to_all", x, dims, note, exchange)
 
     def permute(x, dims, shift, note):
+        return start_permute(x, dims, shift, note)()
+
+    def start_permute(x, dims, shift, note):
         def pass_on(x, name, n, me):
             send, receive = [0] * n, [0] * n
             send[(me + shift) % n] = receive[(me - shift) % n] = 1
             return ops.all_to_all_single(x, receive, send, name)
 
-        return run("permute", x.unsqueeze(0), dims, note, pass_on).squeeze(0)
+        wait_for = begun("permute", x.unsqueeze(0), dims, note, pass_on)
+        return lambda: wait_for().squeeze(0)
 
-    return Transport(
-        "distributed", all_gather, reduce_scatter, all_reduce, all_to_all, permute, agree, group, exchanges
-    )
+    collectives = all_gather, reduce_scatter, all_reduce, all_to_all, permute
+    return Transport("distributed", *collectives, agree, group, exchanges, start_permute)
 
 
 def _meet(start: Callable[[], None], world: int, timeout: float) -> None:

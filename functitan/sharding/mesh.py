@@ -48,6 +48,7 @@ class Transport(NamedTuple):
     agree: Callable[..., None]  # (program, wait=True)
     group: Callable[..., Any] | None = None  # (dims) -> (its c10d name, number of ranks, this rank's number)
     exchanges: bool = False  # a reduce-scatter runs as an all-to-all of the same bytes, and a sum
+    start_permute: Callable[..., Any] | None = None  # as permute, but gives a function that waits for the result
 
 
 class Mesh(NamedTuple):

@@ -1,12 +1,13 @@
 """The steps of plans, run on this rank's tensors: sub-axes of framed axes are gathered, scattered and exchanged.
 
-Invariant: every collective that runs anywhere passes through `send`, which enters it into the ledger and, while
+Invariant: every collective that runs anywhere passes through `start`, which enters it into the ledger and, while
 `ft.checked`, lets all ranks agree on it first.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -141,12 +142,22 @@ def reduced(x: Tensor, step: Step, env: Env, label: Label, op: str, dtype: torch
 
 def send(kind: str, x: Tensor, dims: Dims, env: Env, label: Label, *options: Any) -> Tensor:
     """Run one collective over a group of mesh dims, and enter it into the ledger; first agree on it, if checked."""
+    return start(kind, x, dims, env, label, *options)()
+
+
+def start(kind: str, x: Tensor, dims: Dims, env: Env, label: Label, *options: Any) -> Callable[[], Tensor]:
+    """Start one collective, as `send` runs it; what comes back waits for its result.
+
+    A permute then travels while its rank computes, where the transport can; the others have ended when this returns.
+    In a captured program each starts here, and is waited for where its result is first used.
+    """
     assert env.mesh is not None
     n = env.mesh.sizes.size(dims)
     if env.capture is not None:
         detail = str(options[0]) if options else ""
         place = env.capture.place(env.mesh)
-        return collective(x, kind, place, n, " ".join(dims), detail, *label, env.phase, env.recomputed)
+        sent = collective(x, kind, place, n, " ".join(dims), detail, *label, env.phase, env.recomputed)
+        return lambda: sent
     span = nullcontext()
     if env.ledger is not None or env.profiled:
         entry = env.entry(kind, dims, FORMULAS[kind](x.numel() * x.element_size(), n), x.dtype, *label)
@@ -157,5 +168,10 @@ def send(kind: str, x: Tensor, dims: Dims, env: Env, label: Label, *options: Any
     if env.checked:
         program = describe("-".join(map(str, (kind, *options))), dims, tuple(x.shape), x.dtype, label)
         env.mesh.transport.agree(f"runs {program} in {env.phase}" + (f" at {env.line}" if env.line else ""))
+    transport = env.mesh.transport
+    if kind == "permute" and transport.start_permute is not None:
+        with span:
+            return transport.start_permute(x, dims, *options, label)
     with span:
-        return getattr(env.mesh.transport, kind)(x, dims, *options, label)
+        y = getattr(transport, kind)(x, dims, *options, label)
+    return lambda: y

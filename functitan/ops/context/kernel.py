@@ -1,0 +1,107 @@
+"""One tile of attention and its gradient, by the kernels that give the logsumexp; and the merge of tiles.
+
+Invariant: outputs and logsumexps of tiles are merged in float32 or better, and a row that sees no key has output 0 and
+logsumexp -inf. The one home of torch's private attention kernels (tried on torch 2.13, CPU); elsewhere plain matmuls.
+
+Milakov and Gimelshein, Online normalizer calculation for softmax, 2018; Dao, FlashAttention-2, 2023.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from functitan.ops.chunked_loss import high
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def tile(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, seen: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """(output in the dtype of q, logsumexp in float32 or better) of queries [B, heads, rows, D], keys [B, kv, cols, D].
+
+    `causal` is of a square tile; `seen` is bool, [B or 1, heads or 1, rows, cols].
+    """
+    if q.device.type == "cuda":
+        return _products(q, k, v, causal, seen, scale)
+    out, lse = _flash(q, k, v, 0.0, causal, attn_mask=_added(q, seen), scale=scale)
+    return out, lse if seen is None else lse.masked_fill(~seen.any(-1), -math.inf)  # the kernel says 0
+
+
+def tile_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    g: Tensor,
+    causal: bool,
+    seen: Tensor | None,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What one tile adds to the gradients of q, k, v; `out` and `lse` (0 where nothing is seen) are of all tiles."""
+    if q.device.type == "cuda":
+        return _gradients_of_products(q, k, v, out, lse, g, causal, seen, scale)
+    return _flash_backward(g, q, k, v, out, lse, 0.0, causal, attn_mask=_added(q, seen), scale=scale)
+
+
+def merged(state: tuple[Tensor, Tensor] | None, q: Tensor, begin: int, part: tuple[Tensor, Tensor]):
+    """What rows have seen so far, (output, logsumexp), with one more tile, whose first row is `begin`; in place."""
+    out, lse = part
+    if state is None:
+        if out.shape == q.shape:
+            return out, lse
+        state = torch.zeros_like(q), torch.full(q.shape[:-1], -math.inf, dtype=high(q.dtype), device=q.device)
+    whole, total = state[0].to(high(q.dtype)), state[1]
+    at = slice(begin, begin + out.shape[-2])
+    before = total[:, :, at]
+    after = torch.logaddexp(before, lse)
+    safe = after.masked_fill(after == -math.inf, 0.0)
+    rows = whole[:, :, at]
+    rows.mul_((before - safe).exp().unsqueeze(-1)).addcmul_(out.to(rows.dtype), (lse - safe).exp().unsqueeze(-1))
+    before.copy_(after)
+    return whole, total
+
+
+def _added(q: Tensor, seen: Tensor | None) -> Tensor | None:
+    """A mask as what is added to scores: the kernels want the dtype of q, and all of the batch."""
+    if seen is None:
+        return None
+    return torch.where(seen, 0.0, -math.inf).to(q.dtype).expand(q.shape[0], -1, -1, -1)
+
+
+def _scores(q: Tensor, k: Tensor, causal: bool, seen: Tensor | None, scale: float | None) -> tuple[Tensor, float]:
+    """Scaled scores [B, kv, group, rows, cols] in float32 or better, -inf where hidden; and the scale."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    rows = q.unflatten(1, (k.shape[1], -1))
+    scores = (rows @ k.unsqueeze(2).transpose(-1, -2)).to(high(q.dtype)) * scale
+    if causal:
+        seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()[None, None]
+    if seen is not None:
+        seen = seen.expand(-1, q.shape[1], -1, -1).unflatten(1, (k.shape[1], -1))
+        scores = scores.masked_fill(~seen, -math.inf)
+    return scores, scale
+
+
+def _products(q, k, v, causal, seen, scale):
+    scores, _ = _scores(q, k, causal, seen, scale)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1)).exp()
+    return (weights.to(v.dtype) @ v.unsqueeze(2)).flatten(1, 2), lse.flatten(1, 2)
+
+
+def _gradients_of_products(q, k, v, out, lse, g, causal, seen, scale):
+    scores, scale = _scores(q, k, causal, seen, scale)
+    groups = (k.shape[1], -1)
+    weights = (scores - lse.unflatten(1, groups).unsqueeze(-1)).exp()
+    of_out, rows = g.unflatten(1, groups), q.unflatten(1, groups)
+    inner = (g * out).sum(-1, keepdim=True, dtype=weights.dtype).unflatten(1, groups)
+    of_scores = (weights * (of_out @ v.unsqueeze(2).transpose(-1, -2) - inner) * scale).to(q.dtype)
+    dq = (of_scores @ k.unsqueeze(2)).flatten(1, 2)
+    dk = (of_scores.transpose(-1, -2) @ rows).sum(2)
+    dv = (weights.to(g.dtype).transpose(-1, -2) @ of_out).sum(2)
+    return dq, dk, dv
