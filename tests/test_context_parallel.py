@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import functitan as ft
+from functitan.ops.context.tiles import tiles
+from functitan.sharding.sequence import positions_of, runs
 from functitan.testing.sharded import assert_close
 
 RULES = ft.AxisRules({"batch": "dp", "heads": "tp", "kv_heads": "tp", "seq": ("cp", "ep"), "head_dim": None})
@@ -118,3 +121,88 @@ def test_every_lowering_is_unsharded_attention(case):
     full = {"segments": None, "positions": None} | marks
     # float64 sums in another order
     assert_close(on_mesh(mesh, RULES, method, order, (*tensors, marks), options), expected(*tensors, options | full))
+
+
+def ledgers(mesh, method, sizes, options, order="contiguous", dtype=torch.float64):
+    """The predicted and the recorded ledger of value and gradients."""
+    batch, length, heads, kv, dim = sizes
+    q, k = torch.randn(batch, length, heads, dim, dtype=dtype), torch.randn(batch, length, kv, dim, dtype=dtype)
+    loss = lambda q, k, v: ft.attention(PATTERN, q, k, v, **options).square().sum()
+    step = ft.context_parallel(ft.grad(loss, argnums=(0, 1, 2)), method=method, order=order)
+    predicted = ft.explain(step, q, k, k, mesh=mesh, rules=RULES, patterns=(Q, KV, KV))
+    with ft.record() as recorded:
+        ft.simulate(**mesh)(
+            lambda own: ft.spmd(step, mesh=own, rules=RULES)(
+                *(ft.shard(x, p, mesh=own, rules=RULES) for x, p in ((q, Q), (k, KV), (k, KV)))
+            )
+        )()
+    found = [e for e in recorded if e.op == "attention"]
+    assert found == list(predicted)
+    return found
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+@pytest.mark.parametrize("method", ["ring", "all_gather", "all_to_all"])
+def test_bytes_are_the_methods_formula(method: str, n: int):
+    sizes = batch, length, heads, kv, dim = 2, 64, 16, 8, 4
+    shard = batch * length // n * dim * 8
+    q, k = shard * heads, shard * kv
+    found = ledgers(dict(cp=n), method, sizes, dict(causal=True))
+    sent = {phase: sum(e.bytes for e in found if e.phase == phase) for phase in ("forward", "backward")}
+    if method == "ring":
+        assert sent == {"forward": 2 * (n - 1) * k, "backward": 4 * (n - 1) * k}
+        assert [e.collective for e in found] == ["permute"] * 3 * (n - 1)
+    elif method == "all_gather":
+        assert sent == {"forward": 2 * (n - 1) * k, "backward": 2 * (n - 1) * k}
+    else:
+        assert sent == {"forward": 2 * (n - 1) * (q + k) // n, "backward": 2 * (n - 1) * (q + k) // n}
+        assert {e.collective for e in found} == {"all_to_all"}
+
+
+@pytest.mark.parametrize(("order", "shifts"), [("contiguous", 1), ("zigzag", 2)])
+def test_blocks_that_a_window_hides_are_not_sent(order: str, shifts: int):
+    """Of 8 ranks with 8 positions each, a window of 5 reaches the neighbours only."""
+    found = ledgers(dict(cp=8), "ring", (1, 64, 2, 2, 4), dict(causal=True, window=5), order)
+    assert len(found) == 3 * shifts
+    whole = ledgers(dict(cp=8), "ring", (1, 64, 2, 2, 4), dict(causal=True, window=64), order)
+    assert len(whole) == 3 * 7
+
+
+@pytest.mark.parametrize("n", [2, 3, 8, 64])
+@pytest.mark.parametrize("window", [None, 3000])
+def test_zigzag_gives_every_rank_the_same_work(n: int, window: int | None):
+    size = 4096
+
+    def work(order: int) -> list[float]:
+        held = [runs(n * size, order, rank * size, size) for rank in range(n)]
+        return [sum(t.work for keys in held for t in tiles(held[rank], keys, True, window)) for rank in range(n)]
+
+    ratio = lambda found: max(found) / (sum(found) / n)
+    assert ratio(work(n)) <= 1.05
+    if window is None:
+        assert sum(work(n)) == sum(work(1)) == n * size * (n * size + 1) / 2  # nothing twice, and nothing hidden
+        assert ratio(work(1)) >= 1.49  # the contiguous order: 2 - 1/n
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_tiles_hold_each_seen_pair_once_and_no_hidden_one(data):
+    ranks, block = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 6))
+    length, causal = 2 * ranks * block, data.draw(st.booleans())
+    window = data.draw(st.none() | st.integers(1, length))
+    zigzag, parts = data.draw(st.sampled_from([1, ranks])), data.draw(st.sampled_from([1, ranks, 2 * ranks]))
+    rows, columns = (
+        runs(length, zigzag, at * (length // n), length // n)
+        for n, at in ((n, data.draw(st.integers(0, n - 1))) for n in (ranks, parts))
+    )
+    i, j = positions_of(rows)[:, None], positions_of(columns)
+    seen = torch.ones(i.shape[0], j.shape[0], dtype=torch.bool)
+    seen &= (i >= j) | (not causal)
+    seen &= window is None or ((i - j < window) & ((j - i < window) | causal))
+    count = torch.zeros_like(seen, dtype=torch.int64)
+    for t in tiles(rows, columns, causal, window):
+        there = seen[t.begin : t.end, t.left : t.right]
+        if t.kind != "masked":  # the kernel applies no mask of ours
+            assert torch.equal(there, torch.ones_like(there).tril() if t.kind == "causal" else torch.ones_like(there))
+        count[t.begin : t.end, t.left : t.right] += 1
+    assert count[seen].eq(1).all() and count.max() <= 1
