@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from test_context_parallel import KV, PATTERN, RULES, Q, assert_close, expected, on_mesh, values
+from test_context_parallel import KV, PATTERN, RULES, Q, assert_close, expected, values
 
 import functitan as ft
 from functitan.models import llama

@@ -88,7 +88,7 @@ def test_positions_must_be_in_the_order_of_the_tokens():
 
 def test_positions_must_have_the_layout_of_the_tokens():
     x = TENSORS[0]
-    with pytest.raises(ft.PatternError, match="axis 'seq' is 16 .* in positions, but 8"):
+    with pytest.raises(ft.PatternError, match=r"axis 'seq' is 16 .* in positions, but 8"):
         ft.simulate(cp=2)(
             lambda own: ft.spmd(
                 lambda q: ft.attention(f"{Q}, {Q}", q, q, q, positions=torch.arange(8).expand(2, 8)),
