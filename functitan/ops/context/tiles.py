@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from typing import NamedTuple
 
 from functitan.sharding.sequence import Run, Runs, runs
@@ -38,8 +39,9 @@ def tiles(rows: Runs, columns: Runs, causal: bool, window: int | None, marked: b
     >>> tiles((Run(4, 4),), (Run(0, 8),), True, None)
     (Tile(begin=0, end=4, left=0, right=4, kind='full'), Tile(begin=0, end=4, left=4, right=8, kind='causal'))
     """
-    if rows == columns and causal and window is None and not marked:
-        size = sum(run.size for run in rows)  # positions ascend in a shard
+    ascending = all(before.first < after.first for before, after in pairwise(rows))  # as in the shard of a rank
+    if rows == columns and ascending and causal and window is None and not marked:
+        size = sum(run.size for run in rows)
         return (Tile(0, size, 0, size, "causal"),)
     found: list[Tile] = []
     begin = 0
