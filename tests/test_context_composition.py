@@ -26,6 +26,9 @@ def text(seq: int = 16) -> dict[str, torch.Tensor]:
     return {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "segments": segments, "positions": positions}
 
 
+PLAIN = {name: x for name, x in text().items() if name in ("tokens", "labels")}
+
+
 def gradients(mesh, batch, *, method=None, order="contiguous", wrap=lambda step: step, **options):
     """The loss and its gradients, whole, on a mesh or without one."""
     params = ft.init(DECLARED, ft.random.key(0), mesh=mesh, rules=llama.RULES)
@@ -44,15 +47,20 @@ WAYS = {
 }
 
 
+CASES = [
+    (dict(cp=2), "ring", "chunked loss"),
+    (dict(cp=4), None, "remat"),
+    (dict(cp=2, tp=2), "ring", "remat"),
+    (dict(cp=2, tp=2), "all_gather", "jit"),
+    (dict(fsdp=2, cp=2), "all_to_all", "remat"),
+    (dict(fsdp=2, cp=2), "ring", "jit"),
+]
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(
-    ("mesh", "method"),
-    [(dict(cp=2), "ring"), (dict(cp=4), None), (dict(cp=2, tp=2), "ring"), (dict(fsdp=2, cp=2), "all_to_all")],
-    ids=str,
-)
+@pytest.mark.parametrize(("mesh", "method", "way"), CASES, ids=str)
 def test_a_llama_has_the_loss_and_gradients_of_one_process(mesh: dict, method: str | None, way: str, packed: bool):
-    batch = text() if packed else {name: x for name, x in text().items() if name in ("tokens", "labels")}
+    batch = text() if packed else PLAIN
     plain = gradients(None, batch)
     for found in ft.simulate(**mesh)(gradients)(batch, method=method, order="zigzag", **WAYS[way]):
         assert_close(found, plain)  # float64 sums in another order
@@ -60,10 +68,9 @@ def test_a_llama_has_the_loss_and_gradients_of_one_process(mesh: dict, method: s
 
 def test_bfloat16_keys_travel_as_they_are_and_gradients_in_float32():
     wrap = lambda step: ft.precision(step)
-    batch = {name: x for name, x in text().items() if name in ("tokens", "labels")}
     with ft.record() as ledger:
-        ranks = ft.simulate(cp=2)(gradients)(batch, method="ring", order="zigzag", wrap=wrap)
-    plain = gradients(None, batch, wrap=wrap)
+        ranks = ft.simulate(cp=2)(gradients)(PLAIN, method="ring", order="zigzag", wrap=wrap)
+    plain = gradients(None, PLAIN, wrap=wrap)
     for found in ranks:  # bfloat16 has 3 digits, and the merge of two tiles rounds once more
         ft.testing.assert_trees_all_close(found, plain, rtol=5e-2, atol=5e-2)
     sent = {(e.phase, e.dtype) for e in ledger if e.collective == "permute"}
@@ -126,18 +133,42 @@ def test_a_second_derivative_gathers_keys_or_says_that_a_ring_has_none():
     assert_close(found, ft.hvp(loss, (q,), (q,)))
 
 
-def _on_gloo(order: str, method: str | None, captured: bool) -> tuple:
+def _on_gloo(method: str, captured: bool) -> list:
+    """Packed, zigzag; the marks are arguments, so that a graph may hold them."""
     torch.set_num_threads(1)
-    mesh = ft.make_mesh(cp=2)
-    wrap = ft.jit if captured else (lambda step: step)
+    mesh, (q, k, v, g, marks) = ft.make_mesh(cp=2), values(SIZES, ["segments"])
+
+    def loss(q, k, v, g, segments):
+        return ft.reduce(f"{Q} ->", ft.attention(PATTERN, q, k, v, segments=segments, causal=True) * g)
+
+    step = ft.context_parallel(ft.grad(loss, argnums=(0, 1, 2)), method=method, order="zigzag")
+    step = ft.jit(step) if captured else step
+    patterns = Q, KV, KV, Q, "batch seq"
+    given = ft.zigzag((q, k, v, g, marks["segments"]), patterns, mesh=mesh)
     with ft.record() as ledger:
-        found = gradients(mesh, text(), method=method, order=order, wrap=wrap)
-    return found, [e for e in ledger if e.op == "attention"]
+        out = ft.spmd(step, mesh=mesh, rules=RULES)(*ft.shard(given, patterns, mesh=mesh, rules=RULES))
+    out = ft.unshard(out, (Q, KV, KV), mesh=mesh, rules=RULES)
+    return [ft.zigzag(out, (Q, KV, KV), mesh=mesh, inverse=True), [e.collective for e in ledger]]
 
 
-@pytest.mark.parametrize("captured", [False, True], ids=["eager", "jit"])
-def test_processes_have_the_loss_and_gradients_of_one(captured: bool):
-    plain = gradients(None, text())
-    for found, entries in ft.launch(_on_gloo, "zigzag", "ring", captured, nprocs=2):
-        assert_close(found, plain)
-        assert sum(e.collective == "permute" for e in entries) == 3 * CONFIG.num_layers
+@pytest.mark.parametrize(("method", "captured"), [("ring", False), ("all_to_all", False), ("ring", True)])
+def test_processes_have_the_gradients_of_one(method: str, captured: bool):
+    *tensors, marks = values(SIZES, ["segments"])
+    plain = expected(*tensors, OPTIONS | NOTHING | marks)[1:]
+    for found, sent in ft.launch(_on_gloo, method, captured, nprocs=2):
+        assert_close(tuple(found), tuple(plain))
+        assert sent.count("permute") == (3 if method == "ring" else 0)
+
+
+def test_memory_of_a_rank_grows_with_its_part_of_the_sequence():
+    loss = lambda params, batch: llama.loss(params, batch, CONFIG, chunk=64, block=ft.remat(llama.block))[0]
+    step = ft.context_parallel(ft.value_and_grad(loss), method="ring", order="zigzag")
+
+    def peak(seq: int, cp: int) -> int:
+        batch = {name: torch.empty(1, seq, dtype=torch.int64, device="meta") for name in ("tokens", "labels")}
+        ledger = ft.explain(step, DECLARED, batch, mesh=dict(cp=cp), rules=llama.RULES, patterns=(None, "batch seq"))
+        assert ledger.peak_bytes is not None
+        return ledger.peak_bytes
+
+    assert peak(8192, 4) <= 1.02 * peak(4096, 2)  # less of the parameters, and two more messages on their way
+    assert 1.7 * peak(4096, 2) <= peak(8192, 2) <= 2 * peak(4096, 2)

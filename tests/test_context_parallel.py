@@ -15,6 +15,8 @@ from functitan.sharding.sequence import positions_of, runs
 from functitan.testing.sharded import assert_close
 
 RULES = ft.AxisRules({"batch": "dp", "heads": "tp", "kv_heads": "tp", "seq": ("cp", "ep"), "head_dim": None})
+# as Llama's: the residual stream is sharded over tp too, and so are keys, of which every rank needs each head
+SPREAD = RULES.replace(kv_heads=None, seq=("cp", "ep", "tp"))
 Q, KV, ROWS = "batch seq heads head_dim", "batch seq kv_heads head_dim", "batch seq"
 PATTERN = f"{Q}, {KV}"
 MESHES = [dict(cp=2), dict(cp=4), dict(cp=8), dict(cp=2, tp=2), dict(cp=4, tp=2), dict(dp=2, cp=2), dict(cp=2, ep=2)]
@@ -83,19 +85,27 @@ def expected(q, k, v, g, options):
 def cases(draw):
     mesh = draw(st.sampled_from(MESHES))
     ranks, tp = mesh.get("cp", 1) * mesh.get("ep", 1), mesh.get("tp", 1)
-    methods = ["ring", "all_gather", None]
+    methods, rules = ["ring", "all_gather", None], draw(st.sampled_from([RULES, SPREAD]))
     kv = tp * draw(st.integers(1, 2))
-    if draw(st.booleans()):
+    if (rules is RULES or tp == 1) and draw(st.booleans()):
         kv = tp * ranks
         methods.append("all_to_all")
         methods += [{"cp": "ring", "ep": "all_to_all"}] if "ep" in mesh else []
-    length = 2 * ranks * draw(st.integers(1, 4))
+    length = 2 * tp * ranks * draw(st.integers(1, 4))
     causal, window = draw(st.booleans()), draw(st.none() | st.integers(1, length))
     marks = draw(st.lists(st.sampled_from(["segments", "positions"]), unique=True))
     order = draw(st.sampled_from(["contiguous", "zigzag"]))
     mask = MASKS[draw(st.sampled_from(list(MASKS)))]
     sizes = 2, length, kv * draw(st.integers(1, 3)), kv, draw(st.sampled_from([2, 5]))
-    return mesh, draw(st.sampled_from(methods)), order, sizes, dict(causal=causal, window=window, mask=mask), marks
+    return (
+        mesh,
+        rules,
+        draw(st.sampled_from(methods)),
+        order,
+        sizes,
+        dict(causal=causal, window=window, mask=mask),
+        marks,
+    )
 
 
 def values(sizes, names, seed=0):
@@ -116,11 +126,11 @@ def values(sizes, names, seed=0):
 @settings(max_examples=120)
 @given(cases())
 def test_every_lowering_is_unsharded_attention(case):
-    mesh, method, order, sizes, options, names = case
+    mesh, rules, method, order, sizes, options, names = case
     *tensors, marks = values(sizes, names)
     full = {"segments": None, "positions": None} | marks
     # float64 sums in another order
-    assert_close(on_mesh(mesh, RULES, method, order, (*tensors, marks), options), expected(*tensors, options | full))
+    assert_close(on_mesh(mesh, rules, method, order, (*tensors, marks), options), expected(*tensors, options | full))
 
 
 def ledgers(mesh, method, sizes, options, order="contiguous", dtype=torch.float64):

@@ -97,14 +97,13 @@ def _vjp(
     every = (types.q, types.kv, types.kv, *_types_of_marks(static), types.q, types.lse, types.q)
     operands = (*tensors, *results, g)
     hidden = tuple(dict.fromkeys(h for x in operands for h in hidden_axes(x, env)))
-    of_g = [
-        (t.axes, t.resolve(hidden_axes(x, env), env), t.resolve(hidden, env))
-        for t, x in zip(every, operands, strict=True)
-    ]
-    check_cotangents(of_g, static.label, env)
+    own = [t.resolve(hidden_axes(x, env), env) for t, x in zip(every, operands, strict=True)]
+    check_cotangents(
+        [(t.axes, it, t.resolve(hidden, env)) for t, it in zip(every, own, strict=True)], static.label, env
+    )
     operands = tuple(lift(t, x, hidden, env, static.label) for t, x in zip(every, operands, strict=True))
-    own = Call(_GRADIENTS, env, static._replace(wanted=wanted), (hidden,) * len(operands), (hidden,) * len(wanted))
-    return apply(own, *operands)
+    static = static._replace(wanted=wanted)
+    return apply(Call(_GRADIENTS, env, static, (hidden,) * len(operands), (hidden,) * len(wanted)), *operands)
 
 
 def _run_gradients(call: Call, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
@@ -112,10 +111,9 @@ def _run_gradients(call: Call, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -
     static, env = call.static, call.env
     *marks, out, lse, g = rest
     own, out, g = _heads_first(q), _heads_first(out), _heads_first(g.to(q.dtype))
-    lse = lse.view(own.shape[:-1]).masked_fill(lse.view(own.shape[:-1]) == -torch.inf, 0.0)
+    lse = lse.masked_fill(lse == -torch.inf, 0.0).view(own.shape[:-1])
     keys, width = torch.stack([k, v]) if static.hops[1:] else (k, v), high(q.dtype)
-    travels = width if env.precision is None else env.precision.reduces(static.dims, q.dtype)
-    travels = q.dtype if env.precision is None else travels
+    travels = q.dtype if env.precision is None else env.precision.reduces(static.dims, q.dtype)
     assert env.mesh is not None
     home = env.mesh.sizes.size(static.dims)
     dq = torch.zeros_like(own, dtype=width)
@@ -199,10 +197,11 @@ def _masked_tiles(
         mask = seen(
             rule, rows.cut(part.begin, part.end), keys.cut(part.left, part.right), static.numbers, q.transpose(1, 2)
         )
-        known = type(mask) is Tensor and mask.device.type == "cpu"
-        if known and not mask.any():
-            continue
-        yield part, None if known and mask.all() else mask
+        if mask is not None and type(mask) is Tensor and mask.device.type == "cpu":
+            if not mask.any():
+                continue
+            mask = None if mask.all() else mask
+        yield part, mask
 
 
 def _types_of_marks(static: Static) -> list[Type]:

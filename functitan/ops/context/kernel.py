@@ -59,13 +59,14 @@ def tile_gradients(
         keys, none = (_repeated(k, q), _repeated(v, q)), lse.new_zeros(2, dtype=torch.int64)
         rest = None, None, q.shape[-2], k.shape[-2], 0.0, causal, none, none
         dq, dk, dv = _cuda_backward(g, q, *keys, out, lse.contiguous(), *rest, scale=scale)
-        return dq, *(x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (dk, dv))
-    parts = [
-        _gradients(*(x[:, :, at] for x in (q, out, lse, g)), k, v, _visible(q, k, at, causal, seen), scale)
-        for at in _chunks(q)
-    ]
+        dk, dv = (x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (dk, dv))
+        return dq, dk, dv
+    parts = []
+    for at in _chunks(q):
+        rows = q[:, :, at], out[:, :, at], lse[:, :, at], g[:, :, at]
+        parts.append(_gradients(*rows, k, v, _visible(q, k, at, causal, seen), scale))
     dqs, dks, dvs = zip(*parts, strict=True)
-    return torch.cat(dqs, -2), sum(dks[1:], dks[0]), sum(dvs[1:], dvs[0])
+    return torch.cat(dqs, -2), torch.stack(dks).sum(0), torch.stack(dvs).sum(0)
 
 
 def merged(state: tuple[Tensor, Tensor] | None, q: Tensor, begin: int, part: tuple[Tensor, Tensor]):
@@ -115,7 +116,7 @@ def _visible(q: Tensor, k: Tensor, at: slice, causal: bool, seen: Tensor | None)
 
 def _weighed(q: Tensor, k: Tensor, seen: Tensor | None, scale: float | None) -> tuple[Tensor, float]:
     """Scaled scores [B, kv, group, rows, cols] in float32 or better, -inf where hidden; and the scale."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     scores = (q.unflatten(1, (k.shape[1], -1)) @ k.unsqueeze(2).transpose(-1, -2)).to(high(q.dtype)) * scale
     if seen is not None:
         seen = seen.expand(-1, q.shape[1], -1, -1).unflatten(1, (k.shape[1], -1))

@@ -27,7 +27,7 @@ from functitan.sharding.contraction import Contraction, Term
 from functitan.sharding.layout import Layout
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.rules import Dims
-from functitan.sharding.sequence import Runs, positions_of
+from functitan.sharding.sequence import Run, Runs, positions_of
 from functitan.sharding.steps import Label
 
 _REPLICA = "_replica"
@@ -201,14 +201,16 @@ def _densely(asked: Asked, layouts: _Layouts, rows: Runs, q: Tensor, k: Tensor, 
         sides.append(Side(positions_of(held, q.device) if at is None else at, of_segment))
     places = _numbered(asked, layouts, q, env.mesh)
     check_rule(asked.rule, label, places, rows, q)
-    return dense(q, k, v, seen(asked.rule, *sides, places, q), False, asked.scale, env, label)
+    of_rows, of_columns = sides
+    return dense(q, k, v, seen(asked.rule, of_rows, of_columns, places, q), False, asked.scale, env, label)
 
 
 def _is_plain(asked: Asked, rows: Runs, columns: tuple[Runs, ...]) -> bool:
     """Whether SDPA's own causal mask, or none, will do."""
-    if asked.key_marks is not None or any(x is not None for x in (*asked.marks, *asked.rule[1:])) or len(columns) > 1:
+    if asked.key_marks is not None or any(x is not None for x in (*asked.marks, *asked.rule[1:])):
         return False
-    return not asked.rule.causal or (rows == columns[0] and rows[0].first == 0 and len(rows) == 1)
+    whole = (Run(0, rows[0].size),)
+    return columns == (whole,) == (rows,) if asked.rule.causal else len(columns) == 1
 
 
 def _numbered(asked: Asked, layouts: _Layouts, q: Tensor, mesh: Mesh) -> Numbers:

@@ -8,6 +8,7 @@ Ring: Liu et al., 2023. All-to-all of heads for sequence: Jacobs et al., DeepSpe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from functitan.errors import LayoutError, report
@@ -64,7 +65,7 @@ def _fixed(fixed: dict[str, str], work: Work, mesh: MeshSizes, label: Label) -> 
     return Method(exchange, ring, gather)
 
 
-def _problems(fixed: dict[str, str | None], work: Work, mesh: MeshSizes) -> list[str]:
+def _problems(fixed: Mapping[str, str | None], work: Work, mesh: MeshSizes) -> list[str]:
     kinds = set(fixed.values())
     exchange = tuple(dim for dim in work.dims if fixed[dim] == "all_to_all")
     n, problems = mesh.size(exchange), []
