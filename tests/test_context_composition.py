@@ -12,7 +12,7 @@ from test_context_parallel import KV, PATTERN, RULES, Q, assert_close, expected,
 import functitan as ft
 from functitan.models import llama
 
-CONFIG = llama.LlamaConfig(61, 16, 2, 4, 2, 4, 32, rope_theta=10000.0)
+CONFIG = llama.LlamaConfig(61, 16, 1, 4, 2, 4, 32, rope_theta=10000.0)
 DECLARED = ft.tree.map(lambda p: ft.Param(p.pattern, p.shape, p.init, torch.float64), llama.params(CONFIG))
 SIZES = (2, 16, 4, 2, 4)
 OPTIONS = dict(causal=True, window=None, mask=None)
@@ -51,9 +51,10 @@ CASES = [
     (dict(cp=2), "ring", "chunked loss"),
     (dict(cp=4), None, "remat"),
     (dict(cp=2, tp=2), "ring", "remat"),
-    (dict(cp=2, tp=2), "all_gather", "jit"),
+    (dict(cp=2, tp=2), "all_gather", "chunked loss"),
     (dict(fsdp=2, cp=2), "all_to_all", "remat"),
-    (dict(fsdp=2, cp=2), "ring", "jit"),
+    (dict(fsdp=2, cp=2), "ring", "remat"),
+    (dict(cp=2, tp=2), "ring", "jit"),
 ]
 
 

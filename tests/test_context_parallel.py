@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import functitan as ft
+from functitan.ops.context import blockwise
 from functitan.ops.context.tiles import tiles
+from functitan.sharding.mesh import Mesh, MeshSizes, Transport
 from functitan.sharding.sequence import positions_of, runs
 from functitan.testing.sharded import assert_close
 
@@ -236,3 +238,31 @@ def test_the_cheapest_method_is_chosen(why: str):
     attend = lambda q, k, v: ft.attention(PATTERN, q, k, v, causal=True)
     ledger = ft.explain(attend, *given, mesh=mesh, rules=RULES, patterns=(Q, KV, KV))
     assert {entry.collective for entry in ledger} == kinds
+
+
+def test_the_next_block_travels_while_this_one_is_computed(monkeypatch):
+    events: list[str] = []
+
+    def start_permute(x, dims, shift, note):
+        events.append("start")
+        return lambda: events.append("wait") or x.clone()
+
+    def logged(name, kernel):
+        return lambda *given: events.append(name) or kernel(*given)
+
+    monkeypatch.setattr(blockwise, "tile", logged("tile", blockwise.tile))
+    monkeypatch.setattr(blockwise, "tile_gradients", logged("gradients", blockwise.tile_gradients))
+    refuse = [None] * 6
+    mesh = Mesh(MeshSizes(("cp",), (3,)), (1,), Transport("logged", *refuse, start_permute=start_permute))
+    q = torch.randn(1, 4, 1, 2)
+    attend = ft.context_parallel(lambda q: ft.attention(f"{Q}, {Q}", q, q, q).sum(), method="ring")
+    ft.spmd(attend, mesh=mesh, rules=RULES)(q)
+    assert events == ["start", "tile", "wait", "start", "tile", "wait", "tile"]
+    events.clear()
+    ft.spmd(ft.grad(attend), mesh=mesh, rules=RULES)(q)
+    backward = events[7:]  # gradients start home after the second block, and are waited for after the third
+    assert backward == [
+        *("start", "gradients", "wait"),
+        *("start", "gradients", "start", "wait"),
+        *("gradients", "wait", "start", "wait"),
+    ]

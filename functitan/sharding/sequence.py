@@ -7,7 +7,7 @@ rank holds is known without communication and without reading a tensor.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -56,7 +56,7 @@ class Sequence(NamedTuple):
 DEFAULT = Sequence()
 
 
-@cache
+@lru_cache(maxsize=2**12)  # lengths may vary without end
 def runs(length: int, ranks: int, first: int, size: int) -> Runs:
     """The positions in the slots `first` ... `first + size` of a sequence that lies zigzag over `ranks`.
 

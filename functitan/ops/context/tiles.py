@@ -7,7 +7,7 @@ is in a tile that is not masked. Nothing here reads a tensor: all ranks know eac
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ class Tile(NamedTuple):
         return rows * (rows + 1) / 2 if self.kind == "causal" else float(rows * columns)
 
 
-@cache
+@lru_cache(maxsize=2**12)  # lengths may vary without end
 def tiles(rows: Runs, columns: Runs, causal: bool, window: int | None, marked: bool = False) -> tuple[Tile, ...]:
     """The tiles of queries at some positions with keys at others; `marked` where a mask hides more of each.
 
@@ -54,7 +54,7 @@ def tiles(rows: Runs, columns: Runs, causal: bool, window: int | None, marked: b
     return tuple(_joined(found))
 
 
-@cache
+@lru_cache(maxsize=2**12)  # lengths may vary without end
 def hops(length: int, ranks: int, zigzag: int, causal: bool, window: int | None) -> tuple[int, ...]:
     """How far around the ring keys and values must travel: the distances at which some rank needs them.
 
