@@ -1,7 +1,8 @@
 """Long sequences: the plan of 262,144 tokens, and a sequence of 8,192 over two processes beside torch's ring.
 
     python benchmarks/long_context.py plan     # the ledger of one step of 8B on cp 8, and its memory
-    python benchmarks/long_context.py time     # step time, beside torch's experimental context parallelism
+    python benchmarks/long_context.py float32  # step time, beside torch's experimental context parallelism
+    python benchmarks/long_context.py bfloat16 # the same in bfloat16
     python benchmarks/long_context.py memory   # peak of one rank, beside one process with the whole sequence
     python benchmarks/long_context.py small    # a scaled-down run of the plan: losses, and measured beside planned peak
 
@@ -11,6 +12,7 @@ Without a word, all of them.
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -23,17 +25,17 @@ from train_steps import LEARNING_RATE, WEIGHT_DECAY, Program, Step, adamw, updat
 import functitan as ft
 from functitan.models import llama
 
-TOKENS, GIB = 262_144, 2**30
+TOKENS, GIB, HALF = 262_144, 2**30, torch.bfloat16
 CONFIG = llama.LlamaConfig(2048, 256, 2, 8, 4, 32, 768)
 SCALED = llama.LlamaConfig(2048, 128, 4, 8, 2, 16, 384)
 CHUNK = 1024
 
 
-def step_of(config: llama.LlamaConfig, clip: float, *, lean: bool = False, **options):
-    """A train step over zigzag data; `lean`: bfloat16 compute, remat, and logits of a chunk of positions at a time."""
+def step_of(config: llama.LlamaConfig, clip: float, *, lean: bool = False, half: bool = False, **options):
+    """A train step over zigzag data; `lean`: remat, and logits of a chunk of positions at a time; `half`: bfloat16."""
     own = dict(chunk=CHUNK, block=ft.remat(llama.block)) if lean else {}
     loss = lambda params, batch, key: llama.loss(params, batch, config, **own)
-    loss = ft.context_parallel(ft.precision(loss) if lean else loss, order="zigzag", **options)
+    loss = ft.context_parallel(ft.precision(loss) if half else loss, order="zigzag", **options)
     tx = ft.optim.chain(ft.optim.clip_by_global_norm(clip), ft.optim.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY))
     return ft.train_step(loss, tx), tx
 
@@ -51,7 +53,7 @@ def functitan_step(config: llama.LlamaConfig, seq: int, clip: float, mesh, *, ji
     return step
 
 
-def torch_step(config: llama.LlamaConfig, seq: int, clip: float, mesh) -> Step:
+def torch_step(config: llama.LlamaConfig, seq: int, clip: float, mesh, *, autocast: bool = False) -> Step:
     """FSDP2 over the ranks of the sequence, and torch's ring; gradients are averaged over ranks."""
     model = with_ring(whole_module(config, seq), mesh)
     optimizer = adamw(model)
@@ -59,7 +61,8 @@ def torch_step(config: llama.LlamaConfig, seq: int, clip: float, mesh) -> Step:
         print(f"torch's context_parallel on {mesh.device_type}: {why}")
 
     def step(batch: dict[str, torch.Tensor]) -> float:
-        loss = loss_of(model, mesh, batch)
+        with torch.autocast(mesh.device_type, HALF) if autocast else nullcontext():
+            loss = loss_of(model, mesh, batch)
         loss.backward()
         update(model, optimizer, clip)
         mean = loss.detach().clone()
@@ -75,7 +78,7 @@ def ours(name: str, jit: bool = False, **options) -> Program:
 
 def plan() -> None:
     """One step of 8B on 262,144 tokens over 8 ranks, on fake tensors."""
-    train, tx = step_of(llama.LLAMA_8B, 1.0, lean=True, method="ring")
+    train, tx = step_of(llama.LLAMA_8B, 1.0, lean=True, half=True, method="ring")
     state = ft.TrainState.declare(llama.params(llama.LLAMA_8B), tx, ft.random.key(0))
     batch = {name: torch.empty(1, TOKENS, dtype=torch.int64, device="meta") for name in ("tokens", "labels")}
     ledger = ft.explain(train, state, batch, mesh=dict(cp=8), rules=llama.RULES, patterns=(None, "batch seq"))
@@ -85,13 +88,19 @@ def plan() -> None:
         raise SystemExit(f"{ledger.peak_bytes / GIB:.1f} GiB are more than 80")
 
 
-def time(seq: int, steps: int) -> None:
-    programs = (
+GROUPS = {
+    "float32": Group("cp 2, float32", "cp", (
         ours("eager, ring", method="ring"), ours("jit, ring", jit=True, method="ring"),
-        ours("eager, all-to-all", method="all_to_all"),
-        Program("torch's ring, FSDP2, eager", torch_step),
-    )  # fmt: skip
-    group = Group("cp 2, float32", "cp", programs, 0.75)
+        ours("eager, all-to-all", method="all_to_all"), Program("torch's ring, FSDP2, eager", torch_step),
+    ), 0.75),
+    "bfloat16": Group("cp 2, bfloat16 compute", "cp", (
+        ours("jit, ring", jit=True, half=True, method="ring"),
+        Program("torch's ring, FSDP2, autocast, eager", partial(torch_step, autocast=True)),
+    ), 0.75, 1e-2),
+}  # fmt: skip
+
+
+def time(group: Group, seq: int, steps: int) -> None:
     sizes = Sizes(CONFIG, 1, seq, steps, 1.0)
     print(table(group, compete(group, sizes, memory=False), sizes))
 
@@ -107,10 +116,10 @@ def memory(seq: int) -> None:
 
 def small(seq: int, steps: int = 5) -> None:
     """The plan's step on two processes, scaled down: losses beside one process's, and the peak beside the plan's."""
-    own = ours("lean", lean=True, method="ring")
+    own = ours("lean", lean=True, half=True, method="ring")
     sizes = Sizes(SCALED, 1, seq, steps, 1.0)
     two, one = (compete(Group("small", dim, (own,), 1.0), sizes)[0] for dim in ("cp", None))
-    train, tx = step_of(SCALED, 1.0, lean=True, method="ring")
+    train, tx = step_of(SCALED, 1.0, lean=True, half=True, method="ring")
     batch = batches(SCALED, 1, 1, seq)[0]
     ledger = ft.explain(
         train, ft.TrainState.declare(llama.params(SCALED), tx, ft.random.key(0)), batch,
@@ -123,12 +132,12 @@ def small(seq: int, steps: int = 5) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", default=["plan", "time", "memory", "small"])
+    parser.add_argument("parts", nargs="*", default=["plan", *GROUPS, "memory", "small"])
     parser.add_argument("--seq", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=8)
     args = parser.parse_args()
     parts = {
-        "plan": plan, "time": partial(time, args.seq, args.steps),
+        "plan": plan, **{name: partial(time, group, args.seq, args.steps) for name, group in GROUPS.items()},
         "memory": partial(memory, args.seq), "small": partial(small, args.seq),
     }  # fmt: skip
     for name in args.parts:

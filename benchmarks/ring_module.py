@@ -49,7 +49,8 @@ def with_ring(model: Llama, mesh: DeviceMesh) -> Llama:
     def attend(self: nn.Module, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         batch, seq, _ = h.shape
         q, k, v = (f(h).view(batch, seq, -1, self.head_dim).transpose(1, 2) for f in (self.q, self.k, self.v))
-        h = Ring.apply(group, rotate(q, cos, sin), rotate(k, cos, sin), v)
+        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)  # float32 under autocast
+        h = Ring.apply(group, q, k, v)
         return self.out(h.transpose(1, 2).reshape(batch, seq, -1))
 
     model.cos, model.sin = (own(x, 0, rank, n) for x in (model.cos, model.sin))
@@ -68,7 +69,7 @@ def own(x: Tensor, axis: int, rank: int, n: int) -> Tensor:
 def loss_of(model: Llama, mesh: DeviceMesh, batch: dict[str, Tensor]) -> Tensor:
     """The mean loss over this rank's positions, of a batch of whole sequences."""
     tokens, labels = (own(batch[name], 1, mesh.get_local_rank(), mesh.size()) for name in ("tokens", "labels"))
-    return cross_entropy(model(tokens).flatten(0, 1), labels.flatten())
+    return cross_entropy(model(tokens).flatten(0, 1).float(), labels.flatten())
 
 
 def why_not_public(mesh: DeviceMesh) -> str:
