@@ -46,6 +46,7 @@ from functitan.transforms.accumulate import accumulate
 from functitan.transforms.async_tp import async_tp
 from functitan.transforms.checked import check_equal, checked
 from functitan.transforms.compile import compile
+from functitan.transforms.context_parallel import context_parallel, zigzag
 from functitan.transforms.float8 import float8
 from functitan.transforms.grad import grad, hvp, jvp, value_and_grad
 from functitan.transforms.jit import jit
@@ -83,6 +84,7 @@ __all__ = [
     "checkpoint_name",
     "compile",
     "constrain",
+    "context_parallel",
     "cross_entropy",
     "data",
     "dropout",
@@ -127,6 +129,7 @@ __all__ = [
     "unshard",
     "value_and_grad",
     "vmap",
+    "zigzag",
 ]
 
 

@@ -44,6 +44,10 @@ LAWS = {
     "sharding.distributed": ["test_gloo.py adjoint"],
     "ops.attention": [f"test_ops.py {law}attention]" for law in ("values-", "cotangents-", "shard-", "ft_vmap-")]
     + ["test_llama.py megatrons"],
+    "ops.context.kernel": ["test_context_kernel.py", "test_context_parallel.py"],
+    "ops.context.*": ["test_context_parallel.py", "test_context_errors.py", "test_context_composition.py cp"],
+    "sharding.sequence": ["test_context_parallel.py", "test_context_errors.py"],
+    "transforms.context_parallel": ["test_context_parallel.py", "test_context_errors.py"],
     "ops.contraction": [
         "test_ops.py -einsum]",
         "test_ops.py share-",

@@ -34,7 +34,11 @@ def mask_padding(logits: Tensor, vocab_size: int) -> Tensor:
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """(sum of the cross entropies, number of labels that count): "batch seq vocab", "batch seq"."""
-    total = cross_entropy("batch seq vocab, batch seq ->", logits, labels)
+    return counted(cross_entropy("batch seq vocab, batch seq ->", logits, labels), labels)
+
+
+def counted(total: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """A sum of losses, and the number of labels, "batch seq", that count."""
     return total, reduce("batch seq ->", (labels != IGNORE).to(total.dtype))
 
 

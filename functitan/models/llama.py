@@ -13,11 +13,20 @@ from torch import Tensor
 
 from functitan import tree
 from functitan.errors import FunctitanError, report
-from functitan.models.language import bad_sizes, check_batch, check_params, mask_padding, next_token_loss, padded
+from functitan.models.language import (
+    bad_sizes,
+    check_batch,
+    check_params,
+    counted,
+    mask_padding,
+    next_token_loss,
+    padded,
+)
 from functitan.nn import attention, rms_norm, swiglu
 from functitan.nn.rope import RopeScaling
 from functitan.ops.attention import attention as softmax_attention
 from functitan.ops.einsum import einsum
+from functitan.ops.linear_loss import linear_cross_entropy
 from functitan.ops.lookup import take
 from functitan.param import Param, normal
 from functitan.sharding.rules import AxisRules
@@ -129,23 +138,49 @@ def apply(
     `block` replaces the function of a block: `functools.partial` or any wrapper of `llama.block`, such as `ft.remat`;
     or the functions of all, in order: `[ft.remat(block) if i % 2 else block for i in range(config.num_layers)]`.
     """
+    x = hidden(params, tokens, config, positions=positions, segments=segments, block=block)
+    pattern = f"batch seq embed, {_OUTPUT[config.tied]} -> batch seq vocab"
+    return mask_padding(einsum(pattern, x, _output(params, config)), config.vocab_size)
+
+
+def hidden(
+    params: tree.Tree,
+    tokens: Tensor,
+    config: LlamaConfig,
+    *,
+    positions: Tensor | None = None,
+    segments: Tensor | None = None,
+    block: Callable[..., Tensor] | Sequence[Callable[..., Tensor]] = block,
+) -> Tensor:
+    """What the last block gives, normalized: "batch seq embed", which the output matrix turns into logits."""
     check_params("llama", params, _declared(config))
     x = take("batch seq, vocab embed -> batch seq embed", tokens, params["embedding"])
     blocks = [block] * len(params["layers"]) if callable(block) else block
     for layer, run in zip(params["layers"], blocks, strict=True):
         x = run(layer, x, config, positions, segments)
-    x = rms_norm.apply(params["norm"], x, eps=config.norm_eps)
-    if config.tied:
-        logits = einsum("batch seq embed, vocab embed -> batch seq vocab", x, params["embedding"])
-    else:
-        logits = einsum("batch seq embed, embed vocab -> batch seq vocab", x, params["unembedding"])
-    return mask_padding(logits, config.vocab_size)
+    return rms_norm.apply(params["norm"], x, eps=config.norm_eps)
 
 
-def loss(params: tree.Tree, batch: dict[str, Tensor], config: LlamaConfig, **options: Any) -> tuple[Tensor, Tensor]:
-    """(sum of the cross entropies, number of labels that count) of {"tokens", "labels"}, both "batch seq"."""
+def loss(
+    params: tree.Tree, batch: dict[str, Tensor], config: LlamaConfig, *, chunk: int | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """(sum of the cross entropies, number of labels that count) of {"tokens", "labels"}, both "batch seq".
+
+    A batch may have "positions" and "segments" too: of packed documents, or of tokens in another order. With `chunk`
+    a rank has logits of only so many positions at a time (`ft.linear_cross_entropy`): for long sequences.
+    """
     check_batch("llama", batch)
-    return next_token_loss(apply(params, batch["tokens"], config, **options), batch["labels"])
+    options = {name: batch[name] for name in ("positions", "segments") if name in batch} | options
+    if chunk is None:
+        return next_token_loss(apply(params, batch["tokens"], config, **options), batch["labels"])
+    x, labels = hidden(params, batch["tokens"], config, **options), batch["labels"]
+    pattern = f"batch seq embed, {_OUTPUT[config.tied]}, batch seq ->"
+    w, vocab_size = _output(params, config), config.vocab_size
+    return counted(linear_cross_entropy(pattern, x, w, labels, chunk=chunk, vocab_size=vocab_size), labels)
+
+
+def _output(params: tree.Tree, config: LlamaConfig) -> Tensor:
+    return params["embedding" if config.tied else "unembedding"]
 
 
 def _check_config(config: LlamaConfig) -> None:
@@ -164,4 +199,5 @@ def _declared(config: LlamaConfig) -> tree.Tree:
     return params(config)
 
 
+_OUTPUT = {True: "vocab embed", False: "embed vocab"}  # the output matrix, by `config.tied`
 _SIZES = ("vocab_size", "embed", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp")

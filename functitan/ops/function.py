@@ -163,8 +163,14 @@ def requires_gradient(x: Tensor) -> bool:
 def needs_higher_derivatives(env: Env) -> bool:
     """True where a kernel with no more than a first reverse derivative would fail: nested transforms, forward mode."""
     stack = functorch.get_interpreter_stack() or []
-    reverse = sum(level.key() == functorch.TransformType.Grad for level in stack)
-    return reverse + env.differentiated > 1 or len(stack) > reverse or forward_ad._current_level >= 0
+    return needs_second_derivative(env) or any(level.key() != functorch.TransformType.Grad for level in stack)
+
+
+def needs_second_derivative(env: Env) -> bool:
+    """True where an op with no more than a first reverse derivative, and a rule for vmap, would fail."""
+    keys = [level.key() for level in functorch.get_interpreter_stack() or ()]
+    reverse = keys.count(functorch.TransformType.Grad) + env.differentiated
+    return reverse > 1 or functorch.TransformType.Jvp in keys or forward_ad._current_level >= 0
 
 
 def current_level() -> int:

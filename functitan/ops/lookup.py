@@ -26,6 +26,7 @@ from functitan.sharding.contraction import Contraction, Term
 from functitan.sharding.layout import Layout, check_leaves, local_shape, whole
 from functitan.sharding.mesh import is_size
 from functitan.sharding.plan import Plan, plan
+from functitan.sharding.sequence import positions_of
 from functitan.sharding.steps import Label, run_step, settle
 
 
@@ -95,6 +96,8 @@ def sizes(pattern: str, x: Tensor) -> dict[str, int]:
 def iota(pattern: str, axis: str, like: Tensor | None = None, **sizes: int) -> Tensor:
     """Global indices along one axis, int64, in the layout of the pattern; nothing is sent.
 
+    Along the axis that `ft.context_parallel` orders they are positions: where in the sequence each token belongs.
+
     The sizes come from `like`, a local tensor of that pattern, or by name, global: `iota("batch seq", "seq", batch=8,
     seq=128)`. With `like` it has the axes that an `ft.vmap` hides in it, and so may meet tensors like it in any op.
     Raises `LayoutError` for a size that its mesh dims do not divide.
@@ -126,8 +129,11 @@ def iota(pattern: str, axis: str, like: Tensor | None = None, **sizes: int) -> T
     if like is None and env.mesh is not None:
         shape = local_shape(layout, shape, env.mesh.sizes)
     place = axes.index(axis)
-    start = env.mesh.index(layout.of(axis)) * shape[place] if env.mesh is not None else 0
-    row = torch.arange(start, start + shape[place], device=like.device if like is not None else None)
+    device = like.device if like is not None else None
+    if env.mesh is None:
+        row = torch.arange(shape[place], device=device)
+    else:
+        row = positions_of(env.sequence.held(axis, shape[place], layout.of(axis), env.mesh), device)
     return hide(row.view([-1 if a == axis else 1 for a in axes]).expand(shape), hidden)
 
 

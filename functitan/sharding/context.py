@@ -27,6 +27,7 @@ from functitan.sharding.precision import Precision
 from functitan.sharding.program import user_line
 from functitan.sharding.rings import Pipelining
 from functitan.sharding.rules import AxisRules, check_rules
+from functitan.sharding.sequence import DEFAULT, Sequence
 from functitan.sharding.traced import Capture
 
 
@@ -48,6 +49,7 @@ class Env(NamedTuple):
     capture: Capture | None = None  # of the program that is being captured
     memo: Memo | None = None  # what remat stores, or has stored, of the function that runs
     pipelined: Pipelining | None = None  # what runs beside matmuls; none: nothing does
+    sequence: Sequence = DEFAULT  # how positions lie, and how attention meets them where they are sharded
     profiled: bool = False  # ops, collectives and phases name their spans for `ft.profile`
 
     def layout(self, axes: tuple[str, ...]) -> Layout:

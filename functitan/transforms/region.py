@@ -249,7 +249,7 @@ def _to_host(x: Tensor) -> Tensor:
 def _shapes(region: Region, tensors: Tensors) -> Any:
     mesh = None if region.env.mesh is None else region.env.mesh.sizes
     shapes = tuple((tuple(x.shape), x.stride(), x.dtype, x.device) for x in tensors)
-    return region.batches, mesh, region.env.rules, shapes
+    return region.batches, mesh, region.env.rules, region.env.sequence, shapes
 
 
 def _dry_run(region: Region, tensors: Tensors) -> list[Made]:

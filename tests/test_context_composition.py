@@ -1,0 +1,161 @@
+"""Context parallelism beside everything else: fsdp and tp, remat, precision, ft.jit, vmap, other derivatives, gloo."""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+
+import pytest
+import torch
+from test_context_parallel import KV, PATTERN, RULES, Q, assert_close, expected, values
+
+import functitan as ft
+from functitan.models import llama
+
+CONFIG = llama.LlamaConfig(61, 16, 1, 4, 2, 4, 32, rope_theta=10000.0)
+DECLARED = ft.tree.map(lambda p: ft.Param(p.pattern, p.shape, p.init, torch.float64), llama.params(CONFIG))
+SIZES = (2, 16, 4, 2, 4)
+OPTIONS = dict(causal=True, window=None, mask=None)
+NOTHING = dict(segments=None, positions=None)
+
+
+def text(seq: int = 16) -> dict[str, torch.Tensor]:
+    tokens = torch.randint(0, CONFIG.vocab_size, (2, seq + 1), generator=torch.Generator().manual_seed(0))
+    segments = torch.tensor([[0] * 5 + [1] * (seq - 5), [0] * 12 + [1] * (seq - 12)])
+    positions = torch.tensor([[*range(5), *range(seq - 5)], [*range(12), *range(seq - 12)]])
+    return {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "segments": segments, "positions": positions}
+
+
+PLAIN = {name: x for name, x in text().items() if name in ("tokens", "labels")}
+
+
+def gradients(mesh, batch, *, method=None, order="contiguous", wrap=lambda step: step, **options):
+    """The loss and its gradients, whole, on a mesh or without one."""
+    params = ft.init(DECLARED, ft.random.key(0), mesh=mesh, rules=llama.RULES)
+    loss = lambda params, batch: llama.loss(params, batch, CONFIG, **options)[0]
+    step = wrap(ft.value_and_grad(ft.context_parallel(loss, method=method, order=order)))
+    batch = ft.zigzag(batch, "batch seq", mesh=mesh) if order == "zigzag" else batch
+    batch = ft.shard(batch, "batch seq", mesh=mesh, rules=llama.RULES)
+    value, grads = ft.spmd(step, mesh=mesh, rules=llama.RULES)(params, batch)
+    return value, ft.unshard(grads, DECLARED, mesh=mesh, rules=llama.RULES)
+
+
+WAYS = {"chunked loss": dict(chunk=5), "remat": dict(block=ft.remat(llama.block), chunk=4)}
+CASES = [
+    (dict(cp=2), "ring", "chunked loss"),
+    (dict(cp=4), None, "remat"),
+    (dict(cp=2, tp=2), "ring", "remat"),
+    (dict(cp=2, tp=2), "all_gather", "chunked loss"),
+    (dict(fsdp=2, cp=2), "all_to_all", "remat"),
+    (dict(fsdp=2, cp=2), "ring", "remat"),
+]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
+@pytest.mark.parametrize(("mesh", "method", "way"), CASES, ids=str)
+def test_a_llama_has_the_loss_and_gradients_of_one_process(mesh: dict, method: str | None, way: str, packed: bool):
+    batch = text() if packed else PLAIN
+    plain = gradients(None, batch)
+    for found in ft.simulate(**mesh)(gradients)(batch, method=method, order="zigzag", **WAYS[way]):
+        assert_close(found, plain)  # float64 sums in another order
+
+
+def test_a_captured_step_is_the_step():
+    wrap = lambda step: ft.jit(step, backend="graph")
+    found = ft.simulate(cp=2)(gradients)(text(), method="ring", order="zigzag", wrap=wrap)
+    assert_close(found, [gradients(None, text())] * 2)
+
+
+def test_bfloat16_keys_travel_as_they_are_and_gradients_in_float32():
+    wrap = lambda step: ft.precision(step)
+    with ft.record() as ledger:
+        ranks = ft.simulate(cp=2)(gradients)(PLAIN, method="ring", order="zigzag", wrap=wrap)
+    plain = gradients(None, PLAIN, wrap=wrap)
+    for found in ranks:  # bfloat16 has 3 digits, and the merge of two tiles rounds once more
+        ft.testing.assert_trees_all_close(found, plain, rtol=5e-2, atol=5e-2)
+    sent = {(e.phase, e.dtype) for e in ledger if e.collective == "permute"}
+    assert sent == {("forward", torch.bfloat16), ("backward", torch.bfloat16), ("backward", torch.float32)}
+
+
+def test_a_vjp_runs_on_a_thread_without_context():
+    q, k, v, g, _ = values(SIZES, [])
+
+    def rank(mesh):
+        q_, k_, v_, g_ = (
+            ft.shard(x, p, mesh=mesh, rules=RULES) for x, p in zip((q, k, v, g), (Q, KV, KV, Q), strict=True)
+        )
+        attend = ft.context_parallel(lambda *xs: ft.attention(PATTERN, *xs, causal=True), method="ring")
+        _, pull = ft.spmd(lambda *xs: torch.func.vjp(attend, *xs), mesh=mesh, rules=RULES)(q_, k_, v_)
+        out: list = []
+        thread = threading.Thread(target=contextvars.Context().run, args=(lambda: out.extend(pull(g_)),))
+        thread.start()
+        thread.join()
+        return [ft.unshard(x, p, mesh=mesh, rules=RULES) for x, p in zip(out, (Q, KV, KV), strict=True)]
+
+    for found in ft.simulate(cp=2)(rank)():
+        assert_close(found, expected(q, k, v, g, OPTIONS | NOTHING)[1:])
+
+
+@pytest.mark.parametrize("method", ["ring", "all_to_all", None])
+def test_per_example_gradients_are_a_loops(method: str | None):
+    q, k, v, g, _ = values(SIZES, [])
+    rows = "seq heads head_dim", "seq kv_heads head_dim", "seq kv_heads head_dim", "seq heads head_dim"
+
+    def rank(mesh):
+        own = [ft.shard(x, f"batch {p}", mesh=mesh, rules=RULES) for x, p in zip((q, k, v, g), rows, strict=True)]
+
+        def loss(q, k, v, g):
+            out = ft.attention(f"{rows[0]}, {rows[1]}", q, k, v, causal=True)
+            return ft.reduce("seq heads head_dim ->", out * g)
+
+        each = ft.vmap(ft.context_parallel(ft.grad(loss, argnums=(0, 1, 2)), method=method), axis="batch")
+        out = ft.spmd(each, mesh=mesh, rules=RULES)(*own)
+        return [ft.unshard(x, f"batch {p}", mesh=mesh, rules=RULES) for x, p in zip(out, rows[:3], strict=True)]
+
+    for found in ft.simulate(dp=2, cp=2)(rank)():
+        assert_close(found, expected(q, k, v, g, OPTIONS | NOTHING)[1:])
+
+
+def test_a_second_derivative_gathers_keys_or_says_that_a_ring_has_none():
+    q = torch.randn(1, 8, 2, 4, dtype=torch.float64)
+    pattern = "batch seq heads head_dim"
+    loss = lambda q: ft.reduce(
+        f"{pattern} ->", ft.attention(f"{pattern}, {pattern}", q, q, q, causal=True, window=3) ** 2
+    )
+    product = lambda method: ft.context_parallel(lambda q: ft.hvp(loss, (q,), (q,)), method=method)
+    arguments = dict(mesh=dict(cp=2), rules=RULES, patterns=pattern)
+    ledger = ft.explain(product(None), q, **arguments)
+    assert {e.collective for e in ledger if e.op == "attention"} == {"all_gather", "reduce_scatter"}
+    assert "math backend" in str(ledger)
+    with pytest.raises(ft.LayoutError, match="ring: it has one reverse derivative"):
+        ft.explain(product("ring"), q, **arguments)
+    (found,) = {0: ft.testing.sharded(product(None), (pattern,), pattern, mesh=dict(cp=2), rules=RULES)(q)}.values()
+    assert_close(found, ft.hvp(loss, (q,), (q,)))
+
+
+def _on_gloo(method: str, captured: bool) -> list:
+    """Packed, zigzag; segments are an argument, so that a graph may hold them."""
+    torch.set_num_threads(1)
+    mesh, patterns = ft.make_mesh(cp=2), (Q, KV, KV, Q, *["batch seq"] * (not captured))
+    *tensors, marks = values(SIZES, [] if captured else ["segments"])
+
+    def loss(q, k, v, g, *segments):
+        out = ft.attention(PATTERN, q, k, v, segments=segments[0] if segments else None, causal=True)
+        return ft.reduce(f"{Q} ->", out * g)
+
+    step = ft.context_parallel(ft.grad(loss, argnums=(0, 1, 2)), method=method, order="zigzag")
+    step = ft.jit(step) if captured else step
+    given = ft.zigzag((*tensors, *marks.values()), patterns, mesh=mesh)
+    with ft.record() as ledger:
+        out = ft.spmd(step, mesh=mesh, rules=RULES)(*ft.shard(given, patterns, mesh=mesh, rules=RULES))
+    out = ft.unshard(out, (Q, KV, KV), mesh=mesh, rules=RULES)
+    return [ft.zigzag(out, (Q, KV, KV), mesh=mesh, inverse=True), [e.collective for e in ledger]]
+
+
+@pytest.mark.parametrize(("method", "captured"), [("ring", False), ("all_to_all", False), ("ring", True)])
+def test_processes_have_the_gradients_of_one(method: str, captured: bool):
+    *tensors, marks = values(SIZES, [] if captured else ["segments"])
+    plain = expected(*tensors, OPTIONS | NOTHING | marks)[1:]
+    for found, sent in ft.launch(_on_gloo, method, captured, nprocs=2):
+        assert_close(tuple(found), tuple(plain))
+        assert sent.count("permute") == (3 if method == "ring" else 0)
