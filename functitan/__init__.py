@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from functitan import checkpoint, metrics, models, nn, optim, random, testing, tree
+from functitan import checkpoint, metrics, models, nn, optim, pipeline, random, testing, tree
 from functitan.axes import parse_axes
 from functitan.errors import (
     CaptureError,
@@ -101,6 +101,7 @@ __all__ = [
     "nn",
     "optim",
     "parse_axes",
+    "pipeline",
     "precision",
     "profile",
     "random",
