@@ -48,7 +48,7 @@ def torch_orders(name: str, num_stages: int, num_microbatches: int, num_ranks: i
 
 
 def _executed(name: str, num_microbatches: int, num_ranks: int, rank: int) -> list[tuple]:
-    """What torch's loop does with a stage that only notes its calls: the order it prints for 1F1B is not what it runs."""
+    """What torch's loop does with a stage that only notes its calls: what it prints for 1F1B is not what it runs."""
     calls: list[tuple] = []
     stage = MagicMock(num_stages=num_ranks, group_size=num_ranks, group_rank=rank, stage_index=rank, is_last=False)
     stage.forward_one_chunk.side_effect = lambda m, *args, **options: calls.append(("F", rank, m))

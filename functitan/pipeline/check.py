@@ -99,7 +99,8 @@ def _disorder(orders: Orders, stage_rank: StageRank) -> Iterator[str]:
         for i, action in enumerate(order):
             for need in before(action, stage_rank):
                 if action.kind not in RECEIVES and need in whole - seen:
-                    yield f"rank {rank}, stage {action.stage}, action {i}: {action} stands before {need}, which it needs"
+                    where = f"rank {rank}, stage {action.stage}, action {i}"
+                    yield f"{where}: {action} stands before {need}, which it needs"
             seen.update(done_by(action))
 
 

@@ -42,7 +42,7 @@ def place(orders: Orders, stage_rank: StageRank, max_unsharded: int | None = Non
 
 
 def with_messages(order: Order, stage_rank: StageRank) -> Order:
-    """A compute order with each receive right before the action that takes it, and each send right after the one that makes it."""
+    """A compute order with each receive right before the action that takes it, each send right after what makes it."""
     found: list[Action] = []
     for action in order:
         found += [need for need in before(action, stage_rank) if need.kind in RECEIVES]

@@ -44,8 +44,8 @@ def schedule(
 
     Stage s lives on rank s % num_ranks; those of zbv and dualpipev go down the ranks and up again. gpipe, 1f1b and
     zero_bubble_h1 have one stage on each rank, zbv and dualpipev two, the others any number; interleaved_1f1b wants a
-    multiple of num_ranks microbatches. A stage's parameters are gathered over fsdp once in a step, or where memory is short
-    only `max_unsharded` stages of a rank are gathered at a time.
+    multiple of num_ranks microbatches. A stage's parameters are gathered over fsdp once in a step, or where memory is
+    short only `max_unsharded` stages of a rank are gathered at a time. Raises `ScheduleError` for other sizes.
 
     >>> s = schedule("interleaved_1f1b", num_stages=4, num_microbatches=4, num_ranks=2)
     >>> s.stage_rank, s.bubble_fraction()
@@ -92,4 +92,4 @@ def _problems(
     return found
 
 
-_FIX = "num_stages is the number of ranks, or a multiple of it; interleaved kinds, zbv and dualpipev have several on a rank"
+_FIX = "num_stages is num_ranks, or a multiple of it for the interleaved kinds; twice num_ranks for zbv and dualpipev"
