@@ -33,6 +33,8 @@ def torch_schedule(name: str, num_stages: int, num_microbatches: int, num_ranks:
 def torch_orders(name: str, num_stages: int, num_microbatches: int, num_ranks: int) -> list[list[tuple]]:
     """Each rank's compute actions `(kind, stage, microbatch)`; an overlapped pair one after the other."""
     if name in ("gpipe", "1f1b"):
+        if num_stages != num_ranks:
+            raise ValueError("torch has one stage on each rank")
         return [_executed(name, num_microbatches, num_ranks, rank) for rank in range(num_ranks)]
     order = torch_schedule(name, num_stages, num_microbatches, num_ranks).pipeline_order
     return [

@@ -80,15 +80,16 @@ def _counts(orders: Orders, stage_rank: StageRank, num_microbatches: int) -> Ite
             for done in done_by(action)
         )
         for m in range(num_microbatches):
-            f, b, i, w = (counts[kind, m] for kind in "FBIW")
-            if not (i or w or b):
+            f, b, i, w = (counts[kind, m] for kind in "FBIW")  # b is in i and w too
+            if not (b or i or w):
                 yield f"{where}: B of microbatch {m}, or I and W, is missing"
-            for kind, count in (("F", f), ("I", i), ("W", w)):
-                if count == 0 and (kind == "F" or i or w):
+            for kind, count in (("F", f), ("B", b), ("I", i - b), ("W", w - b)):
+                if count > 1:
+                    yield f"{where}: {kind} of microbatch {m} is there {count} times"
+                elif count and b and kind in "IW":
+                    yield f"{where}: {kind} of microbatch {m} is there beside B, which is I and W"
+                elif not count and (kind == "F" or (kind in "IW" and not b and (i or w))):
                     yield f"{where}: {kind} of microbatch {m} is missing"
-                elif count > 1 and not (kind == "I" and b > 1):
-                    also = " (B is I and W)" if b and kind != "F" else ""
-                    yield f"{where}: {kind} of microbatch {m} is there {count} times{also}"
 
 
 def _disorder(orders: Orders, stage_rank: StageRank) -> Iterator[str]:
@@ -107,8 +108,8 @@ def _disorder(orders: Orders, stage_rank: StageRank) -> Iterator[str]:
 def _messages(orders: Orders, stage_rank: StageRank) -> Iterator[str]:
     """Sends and receives: one of each where the next stage is on another rank, and in the same order at both ends."""
     for rank, order in enumerate(orders):
-        needed = Counter(need for a in order for need in before(a, stage_rank) if need.kind in RECEIVES)
-        needed += Counter(filter(None, (send_after(a, stage_rank) for a in order)))
+        needed = Counter({need for a in order for need in before(a, stage_rank) if need.kind in RECEIVES})
+        needed.update({send for a in order if (send := send_after(a, stage_rank))})
         there = Counter(a for a in order if a.kind in SENDS + RECEIVES)
         for action in sorted((needed - there).keys() | (there - needed).keys(), key=lambda a: a[1:]):
             where = f"rank {rank}, stage {action.stage}"

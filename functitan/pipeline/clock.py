@@ -128,7 +128,8 @@ def makespan(orders: Orders, times: Sequence[Times]) -> tuple[float, float]:
 def bubble(orders: Orders, times: Sequence[Times]) -> float:
     """The share of the ranks' time in which they do not compute, from the first start to the last end."""
     total = makespan(orders, times)[1] * len(orders)
-    return 1 - sum(end - start for *_, start, end in compute_spans(orders, times)) / total if total else 0.0
+    busy = sum(end - start for *_, start, end in compute_spans(orders, times))
+    return (total - busy) / total if total else 0.0
 
 
 def peak(order: Order, kept: float = 1) -> float:

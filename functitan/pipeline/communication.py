@@ -14,6 +14,7 @@ from functitan.pipeline.actions import (
     ALL,
     BACKWARD,
     RECEIVES,
+    SENDS,
     WEIGHT,
     Action,
     Order,
@@ -24,7 +25,7 @@ from functitan.pipeline.actions import (
     peer,
     send_after,
 )
-from functitan.pipeline.clock import run
+from functitan.pipeline.clock import costs, run
 
 
 def place(orders: Orders, stage_rank: StageRank, max_unsharded: int | None = None) -> Orders:
@@ -36,9 +37,9 @@ def place(orders: Orders, stage_rank: StageRank, max_unsharded: int | None = Non
     use and freed after its last, `max_unsharded` stages at a time (None: all); its gradients are reduced when whole.
     """
     plain = tuple(with_messages(order, stage_rank) for order in orders)
-    times = run(plain, stage_rank, lambda action: 1).times
+    times = run(plain, stage_rank, costs(1, 1, 1, len(stage_rank))).times
     moments = {action: time for row in zip(plain, times, strict=True) for action, time in zip(*row, strict=True)}
-    return tuple(_place(order, moments, stage_rank, max_unsharded) for order in orders)
+    return tuple(with_gathers(_posted_early(order, moments, stage_rank), max_unsharded) for order in orders)
 
 
 def with_messages(order: Order, stage_rank: StageRank) -> Order:
@@ -51,24 +52,27 @@ def with_messages(order: Order, stage_rank: StageRank) -> Order:
 
 
 def with_gathers(order: Order, max_unsharded: int | None) -> Order:
-    """The order of a rank with UNSHARD, RESHARD and REDUCE_GRAD beside its compute actions."""
+    """A rank's order with UNSHARD before what it computes, and RESHARD and REDUCE_GRAD after it and its send."""
     gathers = iter(_gathers([action for action in order if is_compute(action)], max_unsharded))
     found: list[Action] = []
+    after: list[Action] = []
     for action in order:
-        beside = next(gathers) if is_compute(action) else _Gathers([], [])
-        found += [*beside.before, action, *beside.after]
-    return tuple(found)
+        if action.kind not in SENDS:
+            found, after = found + after, []
+        if is_compute(action):
+            gather = next(gathers)
+            found += gather.before
+            after = gather.after
+        found.append(action)
+    return tuple(found + after)
 
 
-def _place(
-    order: Order, moments: dict[Action, tuple[float, float]], stage_rank: StageRank, max_unsharded: int | None
-) -> Order:
+def _posted_early(order: Order, moments: dict[Action, tuple[float, float]], stage_rank: StageRank) -> Order:
     receives = _receives(order, moments, stage_rank)
-    gathers = _gathers(order, max_unsharded)
     found: list[Action] = []
     for i, action in enumerate(order):
         found += [receive for place, receive in receives if place == i]
-        found += [*gathers[i].before, *filter(None, [action, send_after(action, stage_rank)]), *gathers[i].after]
+        found += filter(None, [action, send_after(action, stage_rank)])
     return tuple(found)
 
 

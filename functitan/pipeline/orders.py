@@ -13,8 +13,8 @@ from functitan.pipeline.actions import Action, Order
 
 def gpipe(rank: int, stages: Sequence[int], num_ranks: int, num_microbatches: int) -> Order:
     """All forwards, then all backwards (Huang et al., GPipe, 2019)."""
-    (stage,) = stages
-    return tuple(Action(kind, stage, m) for kind in "FB" for m in range(num_microbatches))
+    forwards = [Action("F", stage, m) for stage in stages for m in range(num_microbatches)]
+    return (*forwards, *(Action("B", stage, m) for stage in reversed(stages) for m in range(num_microbatches)))
 
 
 def looped_bfs(rank: int, stages: Sequence[int], num_ranks: int, num_microbatches: int) -> Order:

@@ -74,9 +74,13 @@ def estimate_costs(declarations: tree.Tree) -> LayerCosts:
     >>> estimate_costs(ft.models.gpt2.params(config))
     LayerCosts(embedding=0, layers=(786432, 786432), output=524288)
     """
-    size = lambda part: sum(math.prod(p.shape) for p in tree.leaves(part) if len(p.shape) > 1)
     output = declarations.get("unembedding", declarations.get("embedding"))
-    return LayerCosts(0, tuple(map(size, declarations["layers"])), size(output))
+    return LayerCosts(0, tuple(map(_matrix_elements, declarations["layers"])), _matrix_elements(output))
+
+
+def _matrix_elements(declarations: tree.Tree) -> int:
+    leaves = zip(tree.paths(declarations), tree.leaves(declarations), strict=True)
+    return sum(math.prod(p.shape) for path, p in leaves if len(p.shape) > 1 and not path.endswith("bias"))
 
 
 def _weighed(num_layers: int, costs: LayerCosts | Sequence[float] | None) -> LayerCosts:

@@ -63,6 +63,6 @@ def _draw(axes: Any, orders: Orders, stage_rank: StageRank, panel: Panel, points
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 
-def _mixed(colour: str, white: float) -> tuple[float, ...]:
-    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    return tuple(part + (1 - part) * white for part in parts)
+def _mixed(colour: str, white: float) -> tuple[float, float, float]:
+    red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    return red + (1 - red) * white, green + (1 - green) * white, blue + (1 - blue) * white

@@ -87,8 +87,8 @@ class Schedule:
         they were, instead of the predicted ones.
 
         >>> import functitan as ft
-        >>> ft.pipeline.schedule("1f1b", num_stages=4, num_microbatches=6, num_ranks=4).bubble_fraction()
-        0.3333333333333333
+        >>> ft.pipeline.schedule("1f1b", num_stages=4, num_microbatches=9, num_ranks=4).bubble_fraction()
+        0.25
         """
         times = measured or self.timeline(forward=forward, input=input, weight=weight, send=send)
         return bubble(self.actions, times)
@@ -157,7 +157,8 @@ def from_actions(
         Counter(rank for rank, order in enumerate(compute) for a in order if a.stage == s) for s in range(num_stages)
     ]
     title = f"schedule {name!r}"
-    if found := [f"stage {stage}: no rank has an action of it" for stage, ranks in enumerate(homes) if not ranks]:
+    found = [f"stage {stage}: no rank has an action of it" for stage, ranks in enumerate(homes) if not ranks]
+    if found or not homes:
         raise ScheduleError(report(title, found or ["it has no actions"], _FIX_CHECK))
     stage_rank = tuple(ranks.most_common(1)[0][0] for ranks in homes)
     if all(a.kind not in SENDS + RECEIVES for order in orders for a in order):
