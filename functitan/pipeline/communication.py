@@ -82,7 +82,7 @@ def _receives(
     """The receives of one rank in the order of their messages, each with the index of the action to stand before."""
     takes = [(i, need) for i, action in enumerate(order) for need in before(action, stage_rank)]
     ends = [moments[action][1] for action in order]
-    receives = []
+    receives: list[tuple[float, int, Action]] = []  # the moment of its message, its place, the receive
     for i, need in takes:
         if need.kind in RECEIVES:
             sent = moments[peer(need)][0]
@@ -92,7 +92,7 @@ def _receives(
     found = []
     for _, place, need in sorted(receives, reverse=True):
         source = stage_rank[peer(need).stage]
-        latest[source] = min(place, latest.get(source, place))
+        latest[source] = min(place, latest[source]) if source in latest else place
         found.append((latest[source], need))
     return found[::-1]
 
