@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from functitan import checkpoint, metrics, models, nn, optim, random, testing, tree
+from functitan import checkpoint, metrics, models, nn, optim, pipeline, random, testing, tree
 from functitan.axes import parse_axes
 from functitan.errors import (
     CaptureError,
@@ -17,6 +17,7 @@ from functitan.errors import (
     PeerCheckpointError,
     ReplicationError,
     RulesError,
+    ScheduleError,
 )
 from functitan.module import from_module
 from functitan.ops.attention import attention
@@ -72,6 +73,7 @@ __all__ = [
     "PeerCheckpointError",
     "ReplicationError",
     "RulesError",
+    "ScheduleError",
     "TrainState",
     "accumulate",
     "as_mesh",
@@ -107,6 +109,7 @@ __all__ = [
     "nn",
     "optim",
     "parse_axes",
+    "pipeline",
     "precision",
     "profile",
     "random",

@@ -1,0 +1,21 @@
+"""Pipeline parallelism: stages are pure functions, schedules are data."""
+
+from functitan.pipeline.actions import Action
+from functitan.pipeline.named import schedule
+from functitan.pipeline.partition import LayerCosts, estimate_costs, partition
+from functitan.pipeline.schedule import Schedule, from_actions
+from functitan.pipeline.search import search
+from functitan.pipeline.table import read_csv, write_csv
+
+__all__ = [
+    "Action",
+    "LayerCosts",
+    "Schedule",
+    "estimate_costs",
+    "from_actions",
+    "partition",
+    "read_csv",
+    "schedule",
+    "search",
+    "write_csv",
+]
