@@ -13,7 +13,7 @@ from torch import Tensor
 
 from functitan.axes import Axes, Signature, parse_signature, write_axes
 from functitan.errors import PatternError, nearest, report
-from functitan.ops.contraction import contract
+from functitan.ops.contraction import contract, defers
 from functitan.ops.local import product
 from functitan.ops.operands import Operand, check_operands
 from functitan.ops.types import Type
@@ -39,7 +39,7 @@ def einsum(pattern: str, *tensors: Tensor) -> Any:
     """
     signature, typed = _parse(pattern)
     env = current()
-    if env.memo is not None:  # which wants to see every op
+    if env.memo is not None or defers(tensors, env):  # they want the named op, not plain torch ops
         env = env.on_one_rank(tuple(axis for axes in signature.operands for axis in axes))
     if env.mesh is None:
         try:

@@ -151,11 +151,13 @@ class _AddInto(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, total: Tensor) -> Tensor:  # type: ignore[override]
         ctx.total = total
+        ctx.set_materialize_grads(False)
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[None, None]:  # type: ignore[override]
-        ctx.total.add_(g)
+    def backward(ctx: Any, g: Tensor | None) -> tuple[None, None]:  # type: ignore[override]
+        if g is not None:  # what waits in `Env.deferred` does not come here
+            ctx.total.add_(g)
         return None, None
 
 
