@@ -155,7 +155,7 @@ def _vjp(call: Call, tensors: tuple[Tensor, ...], _: Any, grads: tuple[Tensor | 
 def _transposed(
     call: Call, tensors: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], wanted: tuple[int, ...]
 ) -> tuple[list[int], Callable[[], tuple[Tensor, ...]]]:
-    """Those of the operands `wanted` that have a cotangent, and what works it out: it keeps the tensors that it uses."""
+    """Those of the operands `wanted` that have a cotangent, and what works it out, which keeps what it uses."""
     static: Static = call.static
     given = tuple(i for i, g in enumerate(grads) if g is not None)
     typed = cotangents(static.typed._replace(sizes=static.full.sizes), wanted, given)

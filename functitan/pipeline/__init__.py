@@ -1,6 +1,8 @@
 """Pipeline parallelism: stages are pure functions, schedules are data."""
 
 from functitan.pipeline.actions import Action
+from functitan.pipeline.gradients import value_and_grad
 from functitan.pipeline.schedule import Schedule, schedule
+from functitan.pipeline.stages import Stage, declarations
 
-__all__ = ["Action", "Schedule", "schedule"]
+__all__ = ["Action", "Schedule", "Stage", "declarations", "schedule", "value_and_grad"]

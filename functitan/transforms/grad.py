@@ -68,7 +68,7 @@ def add_gradients(
             return value, aux, [total + g.to(total.dtype) for total, g in zip(sums, grads, strict=True)]
         with torch.enable_grad():
             inputs = [leaf.detach().requires_grad_() for leaf in leaves]
-            out = within("forward", fn, *map(_AddInto.apply, inputs, sums))
+            out = within("forward", fn, *map(add_into, inputs, sums))
             _check_value(out, True)
             value, aux = out
         if value.requires_grad:
@@ -143,6 +143,11 @@ def _surroundings(leaves: list[Tensor]) -> tuple[Env, bool]:
     env, outside = current(), torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
     nested = transforms_active() or env.differentiated or outside
     return env._replace(differentiated=env.differentiated or outside or not nested), nested
+
+
+def add_into(x: Tensor, total: Tensor) -> Tensor:
+    """`x`, whose cotangent is added to `total` as soon as it is there, and goes no further."""
+    return _AddInto.apply(x, total)
 
 
 class _AddInto(torch.autograd.Function):
