@@ -17,6 +17,7 @@ from functitan.errors import (
     PeerCheckpointError,
     ReplicationError,
     RulesError,
+    ScheduleError,
 )
 from functitan.module import from_module
 from functitan.ops.attention import attention
@@ -69,6 +70,7 @@ __all__ = [
     "PeerCheckpointError",
     "ReplicationError",
     "RulesError",
+    "ScheduleError",
     "TrainState",
     "accumulate",
     "as_mesh",

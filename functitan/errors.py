@@ -30,6 +30,10 @@ class MeshError(FunctitanError):
     """A mesh that cannot be made, or an operation that this mesh cannot carry."""
 
 
+class ScheduleError(FunctitanError):
+    """A pipeline schedule that can't run, or that can't be made; or a model that can't be cut so."""
+
+
 class DonatedError(FunctitanError):
     """A value used after it was donated to a step."""
 

@@ -2,7 +2,8 @@
 
 from functitan.pipeline.actions import Action
 from functitan.pipeline.gradients import value_and_grad
-from functitan.pipeline.schedule import Schedule, schedule
+from functitan.pipeline.named import schedule
+from functitan.pipeline.schedule import Schedule, from_actions
 from functitan.pipeline.stages import Stage, declarations
 
-__all__ = ["Action", "Schedule", "Stage", "declarations", "schedule", "value_and_grad"]
+__all__ = ["Action", "Schedule", "Stage", "declarations", "from_actions", "schedule", "value_and_grad"]

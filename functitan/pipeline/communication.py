@@ -6,6 +6,8 @@ sends, the other has posted its receive, or posts it without waiting for this ra
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from functitan.pipeline.actions import (
@@ -18,6 +20,7 @@ from functitan.pipeline.actions import (
     Orders,
     StageRank,
     before,
+    is_compute,
     peer,
     send_after,
 )
@@ -27,15 +30,34 @@ from functitan.pipeline.clock import run
 def place(orders: Orders, stage_rank: StageRank, max_unsharded: int | None = None) -> Orders:
     """Compute orders with all communication.
 
-    A send stands right after the compute that makes it. A receive is posted when, at unit costs, its message is sent, and
-    at least one compute action before the one that takes it; so a message travels while the rank computes. The receives
-    from one rank stand in the order of its sends. Parameters are gathered before a stage's first use and freed after its
-    last, `max_unsharded` stages at a time (None: all); gradients are reduced after the last weight gradient.
+    A send stands right after the compute that makes it. A receive is posted before the action in whose time, at unit
+    costs, its message is sent, and at least one action before the one that takes it: a message travels while its rank
+    computes. Receives from one rank stand in the order of its sends. A stage's parameters are gathered before its first
+    use and freed after its last, `max_unsharded` stages at a time (None: all); its gradients are reduced when whole.
     """
-    plain = tuple(_with_messages(order, stage_rank) for order in orders)
+    plain = tuple(with_messages(order, stage_rank) for order in orders)
     times = run(plain, stage_rank, lambda action: 1).times
     moments = {action: time for row in zip(plain, times, strict=True) for action, time in zip(*row, strict=True)}
     return tuple(_place(order, moments, stage_rank, max_unsharded) for order in orders)
+
+
+def with_messages(order: Order, stage_rank: StageRank) -> Order:
+    """A compute order with each receive right before the action that takes it, and each send right after the one that makes it."""
+    found: list[Action] = []
+    for action in order:
+        found += [need for need in before(action, stage_rank) if need.kind in RECEIVES]
+        found += filter(None, [action, send_after(action, stage_rank)])
+    return tuple(found)
+
+
+def with_gathers(order: Order, max_unsharded: int | None) -> Order:
+    """The order of a rank with UNSHARD, RESHARD and REDUCE_GRAD beside its compute actions."""
+    gathers = iter(_gathers([action for action in order if is_compute(action)], max_unsharded))
+    found: list[Action] = []
+    for action in order:
+        beside = next(gathers) if is_compute(action) else _Gathers([], [])
+        found += [*beside.before, action, *beside.after]
+    return tuple(found)
 
 
 def _place(
@@ -46,18 +68,7 @@ def _place(
     found: list[Action] = []
     for i, action in enumerate(order):
         found += [receive for place, receive in receives if place == i]
-        found += gathers[i].before
-        found += filter(None, [action, send_after(action, stage_rank)])
-        found += gathers[i].after
-    return tuple(found)
-
-
-def _with_messages(order: Order, stage_rank: StageRank) -> Order:
-    """Each receive right before the action that takes it, each send right after the one that makes it."""
-    found: list[Action] = []
-    for action in order:
-        found += [need for need in before(action, stage_rank) if need.kind in RECEIVES]
-        found += filter(None, [action, send_after(action, stage_rank)])
+        found += [*gathers[i].before, *filter(None, [action, send_after(action, stage_rank)]), *gathers[i].after]
     return tuple(found)
 
 
@@ -66,11 +77,12 @@ def _receives(
 ) -> list[tuple[int, Action]]:
     """The receives of one rank in the order of their messages, each with the index of the action to stand before."""
     takes = [(i, need) for i, action in enumerate(order) for need in before(action, stage_rank)]
+    ends = [moments[action][1] for action in order]
     receives = []
     for i, need in takes:
         if need.kind in RECEIVES:
             sent = moments[peer(need)][0]
-            place = next((j for j in range(i) if moments[order[j]][0] >= sent), i)
+            place = bisect_left(ends, sent, hi=i)
             receives.append((sent, max(0, min(place, i - 1)), need))
     latest: dict[int, int] = {}  # from the last message to the first: none is overtaken by another of the same rank
     found = []
@@ -86,7 +98,7 @@ class _Gathers(NamedTuple):
     after: list[Action]
 
 
-def _gathers(order: Order, max_unsharded: int | None) -> list[_Gathers]:
+def _gathers(order: Sequence[Action], max_unsharded: int | None) -> list[_Gathers]:
     """UNSHARD, RESHARD and REDUCE_GRAD beside each compute action of one rank."""
     last = {action.stage: i for i, action in enumerate(order)}
     weights = {action.stage: i for i, action in enumerate(order) if action.kind in (BACKWARD, WEIGHT)}
