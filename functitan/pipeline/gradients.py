@@ -6,6 +6,7 @@ stage. A rank does what its actions say, in their order, and nothing else until 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -38,13 +39,13 @@ def value_and_grad(
     dtype: torch.dtype | None = None,
     gather: bool = True,
 ) -> Callable[..., tuple[tuple[Tensor, tuple[Tensor, Any]], tree.Tree]]:
-    """`f(params, batch, key=None, scale=None) -> ((loss, (count, aux)), grads)`: what a pipeline's rank computes.
+    """`f(params, batch, key=None, *, scale=None, times=None) -> ((loss, (count, aux)), grads)`: what a rank computes.
 
     `params` are this rank's shards of what `ft.pipeline.declarations` declares for its place, and `grads` lie as they
     do. `batch` is this rank's shard too, whole along `pp`: tensors whose first axis is `batch_axis`, of one size that
     the number of microbatches divides. Loss, count and aux are those of the whole batch, equal on all ranks. The last
     stage must be a sum over examples; microbatches, keys, `dtype` and the loss are those of `ft.accumulate`; `scale`
-    multiplies the loss.
+    multiplies the loss. A list `times` gets (start, end) of each action, in seconds, for `schedule.plot(measured=)`.
 
     Inside `ft.spmd` on a mesh with `pp`, of as many ranks as the schedule's; the others of its dims shard every stage.
     With `gather`, a stage's parameters are gathered over the batch's mesh dims where the schedule says `UNSHARD`, and
@@ -73,7 +74,14 @@ def value_and_grad(
     ]
     holders, known = holders_of(stages, schedule), {}  # edges, by the shapes of a microbatch and the mesh
 
-    def gradients(params: tree.Tree, batch: Any, key: Tensor | None = None, *, scale: Tensor | None = None) -> Any:
+    def gradients(
+        params: tree.Tree,
+        batch: Any,
+        key: Tensor | None = None,
+        *,
+        scale: Tensor | None = None,
+        times: list[tuple[float, float]] | None = None,
+    ) -> Any:
         env = current()
         place = _check(params, stages, schedule, env)
         dims = replica_dims(batch_axis, env, WHERE) if gather else ()
@@ -92,7 +100,10 @@ def value_and_grad(
         )  # fmt: skip
         with torch.no_grad():
             for action in schedule.actions[place]:
+                start = time.monotonic()
                 within(f"pipeline {action}", _RUN[action.kind], step, action.stage, action.microbatch)
+                if times is not None:
+                    times.append((start, time.monotonic()))
             total, count, aux = _sums(step)
             grads = _gradients(step, holders, count)
             for pending in step.leaving:
