@@ -105,7 +105,9 @@ def _bad_sizes(
     if counts is not None and sum(counts) != num_layers:
         found.append(f"counts has {sum(counts)} layers")
     if splits is not None and len(splits) != num_stages - 1:
-        found.append(f"splits has {len(splits)} numbers, and {num_stages} stages begin at {num_stages - 1} after the first")
+        found.append(
+            f"splits has {len(splits)} numbers, and {num_stages} stages begin at {num_stages - 1} after the first"
+        )
     if len(costs.layers) != num_layers:
         found.append(f"costs has {len(costs.layers)} layers")
     named = {"the embedding": costs.embedding, "the output": costs.output}

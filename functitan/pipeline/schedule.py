@@ -160,7 +160,7 @@ def from_actions(
     stage_rank = tuple(ranks.most_common(1)[0][0] for ranks in homes)
     if all(a.kind not in SENDS + RECEIVES for order in orders for a in order):
         found = compute_problems(compute, stage_rank, num_microbatches)
-        if found := found or waiting(with_messages(compute, stage_rank), stage_rank):
+        if found := found or waiting(tuple(with_messages(o, stage_rank) for o in compute), stage_rank):
             raise ScheduleError(report(title, _short(found), _FIX_CHECK))
         orders = place(compute, stage_rank, max_unsharded)
     elif all(a.kind not in GATHERS for order in orders for a in order):

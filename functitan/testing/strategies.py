@@ -1,4 +1,4 @@
-"""Hypothesis strategies for laws that hold on every mesh: meshes, rules tables, sizes, patterns.
+"""Hypothesis strategies for laws that hold on every mesh and schedule: meshes, rules tables, sizes, patterns, schedules.
 
 Invariant: whatever is drawn together fits together: sizes are divided by all mesh dims that their rule names. Use these
 to state that a layer is the same function however it is sharded. Needs hypothesis.
@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
 from functitan.axes import Axes, Signature, write_axes
+from functitan.pipeline.actions import Action, StageRank, before, done_by
+from functitan.pipeline.schedule import Schedule, from_actions
 from functitan.sharding.rules import AxisRules
 
 MESH_DIMS = ("dp", "fsdp", "cp", "tp")
@@ -59,6 +61,35 @@ def signatures(draw: DrawFn, axes: Sequence[str] = AXES, max_operands: int = 3, 
     shared = operands[: len(operands) - results]
     known = [sorted({axis for operand in (*shared, own) for axis in operand}) for own in operands[len(shared) :]]
     return Signature(tuple(operands), tuple(draw(_some(mine, 0, 4)) for mine in known))
+
+
+@st.composite
+def pipeline_schedules(
+    draw: DrawFn, max_ranks: int = 4, max_stages_per_rank: int = 2, max_microbatches: int = 4
+) -> Schedule:
+    """Any valid schedule: stages anywhere, B or I and W for each microbatch, and actions in any order that can run."""
+    num_ranks, per_rank = draw(st.integers(1, max_ranks)), draw(st.integers(1, max_stages_per_rank))
+    stage_rank = tuple(draw(st.permutations([rank for rank in range(num_ranks) for _ in range(per_rank)])))
+    parts = {(s, m) for s in range(len(stage_rank)) for m in range(draw(st.integers(1, max_microbatches)))}
+    whole = {part for part in sorted(parts) if draw(st.booleans())}
+    todo = [
+        Action(kind, *part) for part in sorted(parts) for kind in (("F", "B") if part in whole else ("F", "I", "W"))
+    ]
+    return from_actions(_any_order(draw, todo, stage_rank), name="random")
+
+
+def _any_order(draw: DrawFn, todo: list[Action], stage_rank: StageRank) -> list[list[Action]]:
+    """Actions one by one, each drawn from those whose dependencies are done; so it can't wait forever."""
+    done: set[Action] = set()
+    orders: list[list[Action]] = [[] for _ in set(stage_rank)]
+    alone = (0,) * len(stage_rank)  # on one rank no action waits for a message
+    while todo:
+        ready = [action for action in todo if done.issuperset(before(action, alone))]
+        action = draw(st.sampled_from(ready))
+        todo.remove(action)
+        done.update(done_by(action))
+        orders[stage_rank[action.stage]].append(action)
+    return orders
 
 
 def _some(axes: Sequence[str], least: int, most: int) -> SearchStrategy[Axes]:
