@@ -6,20 +6,29 @@ Invariant: nothing here mentions devices; every tensor's layout follows from its
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from functitan import tree
 from functitan.errors import FunctitanError, report
-from functitan.models.language import bad_sizes, check_batch, check_params, mask_padding, next_token_loss, padded
+from functitan.models.language import (
+    bad_sizes,
+    check_batch,
+    check_params,
+    mask_padding,
+    next_token_loss,
+    padded,
+    stages_of,
+)
 from functitan.nn import attention, rms_norm, swiglu
 from functitan.nn.rope import RopeScaling
 from functitan.ops.attention import attention as softmax_attention
 from functitan.ops.einsum import einsum
 from functitan.ops.lookup import take
 from functitan.param import Param, normal
+from functitan.pipeline.stages import Stage
 from functitan.sharding.rules import AxisRules
 
 RULES = AxisRules(
@@ -130,22 +139,51 @@ def apply(
     or the functions of all, in order: `[ft.remat(block) if i % 2 else block for i in range(config.num_layers)]`.
     """
     check_params("llama", params, _declared(config))
-    x = take("batch seq, vocab embed -> batch seq embed", tokens, params["embedding"])
+    x = _begin(params, tokens)
     blocks = [block] * len(params["layers"]) if callable(block) else block
     for layer, run in zip(params["layers"], blocks, strict=True):
         x = run(layer, x, config, positions, segments)
-    x = rms_norm.apply(params["norm"], x, eps=config.norm_eps)
-    if config.tied:
-        logits = einsum("batch seq embed, vocab embed -> batch seq vocab", x, params["embedding"])
-    else:
-        logits = einsum("batch seq embed, embed vocab -> batch seq vocab", x, params["unembedding"])
-    return mask_padding(logits, config.vocab_size)
+    return _end(params, x, config)
 
 
 def loss(params: tree.Tree, batch: dict[str, Tensor], config: LlamaConfig, **options: Any) -> tuple[Tensor, Tensor]:
     """(sum of the cross entropies, number of labels that count) of {"tokens", "labels"}, both "batch seq"."""
     check_batch("llama", batch)
     return next_token_loss(apply(params, batch["tokens"], config, **options), batch["labels"])
+
+
+def stages(
+    config: LlamaConfig,
+    layers: Sequence[range],
+    *,
+    block: Callable[..., Tensor] | Sequence[Callable[..., Tensor]] = block,
+) -> list[Stage]:
+    """The stages of `ft.pipeline`, of these layers each; the last gives `loss`.
+
+    The batch may have "positions" and "segments" too. A tied embedding is in the first stage and in the last. Raises
+    `FunctitanError`.
+
+    >>> import functitan as ft
+    >>> [list(s.declarations) for s in stages(DEBUG, ft.pipeline.partition(6, 2))]
+    [['embedding', 'layers'], ['norm', 'unembedding', 'layers']]
+    """
+    runs = [block] * config.num_layers if callable(block) else block
+    blocks = [lambda p, x, positions, segments, run=run: run(p, x, config, positions, segments) for run in runs]
+    end = ("norm", "embedding" if config.tied else "unembedding"), partial(_end, config=config)
+    return stages_of("llama", _declared(config), layers, (("embedding",), _begin), blocks, end)
+
+
+def _begin(params: tree.Tree, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    return take("batch seq, vocab embed -> batch seq embed", tokens, params["embedding"])
+
+
+def _end(params: tree.Tree, x: Tensor, config: LlamaConfig) -> Tensor:
+    x = rms_norm.apply(params["norm"], x, eps=config.norm_eps)
+    if config.tied:
+        logits = einsum("batch seq embed, vocab embed -> batch seq vocab", x, params["embedding"])
+    else:
+        logits = einsum("batch seq embed, embed vocab -> batch seq vocab", x, params["unembedding"])
+    return mask_padding(logits, config.vocab_size)
 
 
 def _check_config(config: LlamaConfig) -> None:
