@@ -2,7 +2,7 @@
 
     python benchmarks/pipeline.py                              # 1F1B and zero-bubble schedules, 4 microbatches
     python benchmarks/pipeline.py --schedules zbv --microbatches 8
-    python benchmarks/pipeline.py --picture folder             # predicted beside measured, one drawing for each schedule
+    python benchmarks/pipeline.py --picture folder             # a drawing of each schedule: predicted beside measured
 
 Programs have the same weights, batches, clip and AdamW, and run step by step in turn in the same processes, each on one
 thread. Both cut the layers alike for as many stages: into parts of equal estimated cost. Bounds: the best of ours takes
@@ -18,7 +18,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from contest import Group, Sizes, compete, table
-from peers import MODELS
+from peers import TINY
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
@@ -28,6 +28,8 @@ from train_steps import LEARNING_RATE, WEIGHT_DECAY, Program, Step, adamw, devic
 import functitan as ft
 from functitan.models import llama
 
+# seven layers and an output that costs about one: two ranks share them evenly, in two stages or in four
+MODELS = {"small": llama.LlamaConfig(2048, 512, 7, 8, 4, 64, 1536), "tiny": TINY._replace(num_layers=7)}
 PER_RANK = {"zbv": 2, "dualpipev": 2, "interleaved_1f1b": 2, "interleaved_zero_bubble": 2, "looped_bfs": 2}
 
 
@@ -37,14 +39,17 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="small")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peaks, which takes fresh processes")
     parser.add_argument("--picture", help="a folder to draw each schedule into")
-    for name, value in {"steps": 24, "batch": 8, "seq": 256, "microbatches": 4}.items():
+    for name, value in {"steps": 16, "batch": 4, "seq": 256, "microbatches": 4}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
     ours = [ours_program(name, args.microbatches, args.picture) for name in args.schedules]
     group = Group("pp 2", "pp", (*ours, torch_program(args.microbatches)), 0.90)
     sizes = Sizes(MODELS[args.model], args.batch, args.seq, args.steps, clip=1.0)
     print(table(group, compete(group, sizes, not args.no_memory), sizes), flush=True)
-    print(f"{sizes.config}\n{args.microbatches} microbatches of {args.batch // args.microbatches}, seq {args.seq}; ", end="")
+    print(
+        f"{sizes.config}\n{args.microbatches} microbatches of {args.batch // args.microbatches}, seq {args.seq}; ",
+        end="",
+    )
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, gloo")
 
 
@@ -78,9 +83,7 @@ def our_step(
     schedule = ft.pipeline.schedule(name, num_stages=num_stages, num_microbatches=microbatches, num_ranks=ranks)
     stages = llama.stages(config, layers_of(config, num_stages))
     declared = ft.pipeline.declarations(stages, schedule, ft.as_mesh(mesh).place)
-    tx = ft.optim.chain(
-        ft.optim.clip_by_global_norm(clip), ft.optim.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    )
+    tx = ft.optim.chain(ft.optim.clip_by_global_norm(clip), ft.optim.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY))
     key = ft.random.key(0).to(device())
     held = [ft.TrainState.create(declared, tx, key, mesh=mesh, rules=llama.RULES)]
     times: list[tuple[float, float]] = []
@@ -98,12 +101,19 @@ def our_step(
 
 
 def draw(schedule: ft.pipeline.Schedule, times: list[tuple[float, float]], path: str) -> None:
-    """The schedule as it was run, below what is predicted where every action takes as long as every other."""
+    """The schedule as it was run, below what is predicted where every action takes as long as every other.
+
+    Printed: the mean ms of each kind of action on each rank, waits for messages included.
+    """
     measured: list[list[tuple[float, float]]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(measured, times)
     start = min(row[0][0] for row in measured)
     shown = tuple(tuple((a - start, b - start) for a, b in row) for row in measured)
     if dist.get_rank() == 0:
+        for rank, (actions, row) in enumerate(zip(schedule.actions, shown, strict=True)):
+            kinds = dict.fromkeys(action.kind for action in actions)
+            spent = {k: [b - a for action, (a, b) in zip(actions, row, strict=True) if action.kind == k] for k in kinds}
+            print(schedule.name, rank, {k: round(1e3 * sum(each) / len(each), 1) for k, each in spent.items()})
         schedule.plot(path, measured=shown)
 
 

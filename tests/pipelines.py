@@ -68,11 +68,11 @@ def loss(params, batch, key, layer=layer):
 
 
 def stages(number: int, layer=layer) -> list[Stage]:
-    """The same model in stages of as many layers each."""
-    per = LAYERS // number
+    """The same model in stages of about as many layers each."""
+    layers = ft.pipeline.partition(LAYERS, number)
 
     def make(s: int) -> Stage:
-        mine = range(s * per, (s + 1) * per)
+        mine = layers[s]
         declared: dict[str, Any] = {"layers": {i: DECLARED["layers"][i] for i in mine}}
         if s in (0, number - 1):
             declared["table"] = DECLARED["table"]
@@ -112,18 +112,16 @@ def by_path(values) -> dict[str, torch.Tensor]:
     return dict(zip(ft.tree.paths(values), ft.tree.leaves(values), strict=True))
 
 
-def run(mesh, schedule, rules=RULES, layer=layer, examples: int = EXAMPLES, **options):
+def run(mesh, schedule, rules=RULES, layer=layer, examples: int = EXAMPLES, times=None, **options):
     """The same of one rank of a pipeline, as global values."""
     its = stages(schedule.num_stages, layer)
     declared = ft.pipeline.declarations(its, schedule, 0 if mesh is None else mesh.place)
     params = ft.init(declared, ft.random.key(0), mesh=mesh, rules=rules)
     given = ft.shard(batch(examples), PATTERNS, mesh=mesh, rules=rules)
     f = ft.spmd(ft.pipeline.value_and_grad(its, schedule, **options), mesh=mesh, rules=rules)
-    (value, (count, aux)), grads = f(params, given, ft.random.key(1))
+    (value, (count, aux)), grads = f(params, given, ft.random.key(1), times=times)
     return (value, count, aux), by_path(ft.unshard(grads, declared, mesh=mesh, rules=rules))
 
 
 def schedule_of(name: str, ranks: int, per_rank: int, microbatches: int):
-    return ft.pipeline.schedule(
-        name, num_stages=ranks * per_rank, num_microbatches=microbatches, num_ranks=ranks
-    )
+    return ft.pipeline.schedule(name, num_stages=ranks * per_rank, num_microbatches=microbatches, num_ranks=ranks)

@@ -117,7 +117,9 @@ def _as_torch(folder: str, tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("wrap", [ft.remat, ft.compile, ft.precision], ids=lambda wrap: wrap.__name__)
 def test_stages_of_wrapped_blocks_train_as_the_wrapped_model(wrap):
-    options = dict(compute=torch.float64) if wrap is ft.precision else dict(backend="graph") if wrap is ft.compile else {}
+    options = (
+        dict(compute=torch.float64) if wrap is ft.precision else dict(backend="graph") if wrap is ft.compile else {}
+    )
     block = wrap(llama.block, **options)
     for found in ft.simulate(pp=2, tp=2)(train)("zero_bubble_h1", steps=3, block=block):
         close(found, alone()[:3])

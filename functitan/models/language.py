@@ -50,8 +50,8 @@ def stages_of(
 ) -> list[Stage]:
     """The stages of a model with these layers each, one range after the other; the last gives the loss.
 
-    `begin` has the names of the parameters before the layers, and `f(params, tokens, positions) -> x`; `end` those after them, and
-    `f(params, x) -> logits`; `block(layer, x, positions, segments) -> x`. Raises `FunctitanError`.
+    `begin` has the names of the parameters before the layers, and `f(params, tokens, positions) -> x`; `end` those
+    after them, and `f(params, x) -> logits`; `block(layer, x, positions, segments) -> x`. Raises `FunctitanError`.
     """
     count = len(declared["layers"])
     blocks = [block] * count if callable(block) else list(block)

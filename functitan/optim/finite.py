@@ -91,7 +91,7 @@ def _unless(skip: Tensor, old: Any, update: Callable[[bool], Any], donate: bool)
 
 
 def _over_ranks(x: Tensor, quiet: bool, stages: bool = True) -> Tensor:
-    """The maximum over all ranks, or those of this pipeline stage; `quiet`: after an error, which no prediction knows."""
+    """The maximum over all ranks, or this pipeline stage's; `quiet`: after an error, which no prediction knows."""
     env = current().of_all_stages() if stages else current()
     dims = tuple(dim for dim, n in env.mesh.shape.items() if n > 1) if env.mesh is not None else ()
     env = env._replace(phase="update", ledger=None if quiet else env.ledger)

@@ -211,7 +211,9 @@ def _input_half(step: _Step, stage: int, microbatch: int) -> None:
         cotangents = [given.get(i) for i in range(len(edges[stage + 1].specs))]
     else:
         cotangents = [None]  # of a scalar, 1
-    found = backward(step.passes[stage, microbatch], cotangents)
+    its = step.passes[stage, microbatch]
+    found = backward(its, cotangents)
+    step.passes[stage, microbatch] = its._replace(ends=(), inputs=())  # what the second half does not need
     if stage:
         into = edges[stage]
         made = [into.specs[i].zeros() if (g := found[i]) is None else g for i in into.floats()]
