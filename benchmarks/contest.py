@@ -50,7 +50,7 @@ class Row(NamedTuple):
     ours: bool
     times: list[float]  # seconds of each timed step
     losses: list[float]  # of all steps
-    memory: int = 0  # the most bytes of tensors at once, in a process of its own
+    memory: int = 0  # the most bytes of tensors at once, in the process that has most, of processes of its own
 
 
 def compete(group: Group, sizes: Sizes, memory: bool = True) -> list[Row]:
@@ -60,7 +60,7 @@ def compete(group: Group, sizes: Sizes, memory: bool = True) -> list[Row]:
     if not memory:
         return rows
     short = sizes._replace(steps=3)
-    peaks = [ft.launch(_peak, group, program, short, nprocs=nprocs)[0] for program in group.programs]
+    peaks = [max(ft.launch(_peak, group, program, short, nprocs=nprocs)) for program in group.programs]
     return [row._replace(memory=peak) for row, peak in zip(rows, peaks, strict=True)]
 
 

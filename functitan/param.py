@@ -27,6 +27,7 @@ class Param:
     """One parameter: the pattern names its axes, `shape` is global, `init` makes its first value (default: by fan-in).
 
     `rules` is the `ft.AxisRules` table that it is stored under, where that is not the program's: `optim.stored`.
+    `pp` lists the places along the mesh dim `pp` that have it, where not all of them do; the first owns it.
 
     >>> Param("embed mlp", (256, 768))
     Param('embed mlp', (256, 768))
@@ -37,6 +38,12 @@ class Param:
     init: Initializer = field(default_factory=lambda: fan_in())
     dtype: torch.dtype = torch.float32
     rules: Any = None  # tables belong to a layer above this one
+    pp: tuple[int, ...] | None = None
+
+    @property
+    def owner(self) -> int:
+        """The place along `pp` that counts it in norms, and writes it: every leaf has one, whoever else has a copy."""
+        return 0 if self.pp is None else self.pp[0]
 
     def __post_init__(self) -> None:
         names, problems = parse_axes(self.pattern), []

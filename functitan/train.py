@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -27,17 +28,18 @@ from functitan.state import TrainState
 from functitan.transforms.accumulate import accumulate as over_microbatches
 from functitan.transforms.checked import check_step, checked
 from functitan.transforms.donate import check_donated, mark_donated
-from functitan.transforms.grad import value_and_grad
+from functitan.transforms.grad import value_and_grad as value_and_gradients
 from functitan.transforms.loss import count_of, split_loss
 
 
 def train_step(
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[..., Any] | None,
     tx: GradientTransformation,
     donate: bool = True,
     accumulate: int | None = None,
     *,
     gradients: AxisRules | None = None,
+    value_and_grad: Callable[..., Any] | None = None,
     check: bool | str = "first",
     nonfinite: str = "raise",
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]:
@@ -49,7 +51,9 @@ def train_step(
     With `donate` the state's buffers are updated in place, and the old state raises `DonatedError` if it is used again.
     `accumulate` is the number of microbatches that the batch is computed in, with one reduction for each weight: see
     `ft.accumulate`. `gradients` is the table for the layout of gradients, that of `ft.optim.stored(tx, rules=...,
-    gradients=...)`: ZeRO-2. Runs on the state's mesh unless called inside `ft.spmd`.
+    gradients=...)`: ZeRO-2. `value_and_grad` takes the gradients instead, and `loss_fn` is `None` then: a function
+    `(params, batch, key, *, scale) -> ((loss, (count, aux)), grads)`, as `ft.pipeline.value_and_grad` makes one; where
+    `scale` is not `None`, it is that of a scaled loss. Runs on the state's mesh unless called inside `ft.spmd`.
 
     `check`: in which steps ranks compare programs and values (`ft.checked`, `ft.check_equal`): the "first" that this
     function makes on a mesh, all (`True`), or none. `nonfinite`: with NaN or infinity in loss or gradients, on any
@@ -68,7 +72,7 @@ def train_step(
     (['count', 'loss'], 1)
     """
 
-    check_function(loss_fn, "ft.train_step")
+    _check_given(loss_fn, value_and_grad, accumulate is not None or gradients is not None)
     check_transformations("ft.train_step", {"tx": tx})
     if check not in (True, False, "first"):
         raise FunctitanError(report("ft.train_step", [f"check is {check!r}"], "choose True, False or 'first'"))
@@ -77,7 +81,11 @@ def train_step(
     known: list[Any] = []  # structures of optimizer states that are this optimizer's
 
     def with_gradients(scale: Tensor | None, patterns: tree.Tree) -> Callable[..., Any]:
+        if value_and_grad is not None:
+            return partial(value_and_grad, scale=scale)
+
         def scaled(params: tree.Tree, batch: Any, key: Tensor) -> tuple[tuple[Tensor, Any], Any]:
+            assert loss_fn is not None
             (total, count), aux = split_loss(loss_fn(params, batch, key), "ft.train_step")
             return (total if scale is None else total * scale, count), aux
 
@@ -90,13 +98,13 @@ def train_step(
             counted = count_of(count, total).clamp(min=1)
             return total / counted, (counted, aux)
 
-        return value_and_grad(mean_loss, has_aux=True)
+        return value_and_gradients(mean_loss, has_aux=True)
 
     with_gradients(None, None)  # so that a bad number is named here
 
     def run(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         key = random.fold_in(state.key, state.step)
-        patterns = tree.map(lambda param: param.pattern, state.declarations)
+        patterns = tree.map(lambda param: param.pattern if param.pp is None else param, state.declarations)
         scale = loss_scale(state.opt_state)
         (loss, (count, aux)), grads = with_gradients(scale, patterns)(state.params, batch, key)
         loss = loss if scale is None else loss / scale
@@ -126,6 +134,17 @@ def train_step(
         return within("train_step", inner, state, batch)
 
     return step
+
+
+def _check_given(loss_fn: Any, value_and_grad: Any, otherwise: bool) -> None:
+    if value_and_grad is None:
+        return check_function(loss_fn, "ft.train_step")
+    check_function(value_and_grad, "ft.train_step: value_and_grad")
+    problems = ["loss_fn is given too"] if loss_fn is not None else []
+    problems += ["accumulate and gradients belong to loss_fn"] if otherwise else []
+    if problems:
+        fix = "write ft.train_step(None, tx, value_and_grad=...), or leave value_and_grad out"
+        raise FunctitanError(report("ft.train_step: value_and_grad", problems, fix))
 
 
 def _due(check: bool | str, mesh: Mesh | None, seen: WeakSet[Any]) -> bool:

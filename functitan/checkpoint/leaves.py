@@ -35,6 +35,11 @@ class Leaf(NamedTuple):
     layout: Layout | None
     pattern: str | Param | None
 
+    @property
+    def owner(self) -> int:
+        """The place along `pp` whose ranks write it."""
+        return self.pattern.owner if isinstance(self.pattern, Param) else 0
+
     def block(self, mesh: Mesh | None) -> Block:
         """The part of the global shape that this rank holds."""
         assert self.shape is not None

@@ -71,10 +71,14 @@ def restore(
         place = files.locate(path)
         with clear_errors(what, _FIX_DAMAGED):
             entries, checksums = _index(what, place)
-            _check_same(what, leaves, entries, partial)
+            _check_same(what, leaves, entries, partial or _has_stages(known))
+            left.append(len(entries))
             return _read(what, place, leaves, entries, checksums, known, torch.device(device))
 
+    left: list[int] = []  # the number of leaves in the checkpoint
     values = together(known, f"restored {os.fspath(path)}", work)
+    if known is not None and _has_stages(known) and not partial:
+        _check_whole(what, leaves, left[0], known, torch.device(device))
     placed = lambda state: replace(state, mesh=known, rules=rules or state.rules)
     return tree.map_nodes(placed, TrainState, tree.unflatten(tree.flatten(like)[1], values))
 
@@ -130,6 +134,20 @@ def _check_same(what: str, leaves: list[Leaf], entries: dict[str, Entry], partia
         ]
     if problems:
         raise CheckpointError(report(what, problems, _FIX_OTHER))
+
+
+def _has_stages(mesh: Mesh | None) -> bool:
+    """True where a rank asks for the leaves of its pipeline stages alone."""
+    return mesh is not None and mesh.sizes.size("pp") > 1
+
+
+def _check_whole(what: str, leaves: list[Leaf], stored: int, mesh: Mesh, device: torch.device) -> None:
+    """Raise on every rank unless the stages have all leaves of a checkpoint, each owned once."""
+    own = torch.tensor([sum(leaf.owner == mesh.place for leaf in leaves)], device=device)
+    asked = int(mesh.transport.all_reduce(own, ("pp",), "sum", ("checkpoint.restore", ""))().item())
+    if asked != stored:
+        problem = f"the pipeline's stages have {asked} leaves, the checkpoint has {stored}"
+        raise CheckpointError(report(what, [problem], _FIX_OTHER))
 
 
 def _read(

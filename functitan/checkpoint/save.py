@@ -36,7 +36,9 @@ def save(
     `state` is a tree of this rank's shards and of bool, int, float and str, such as {"train": a `TrainState`, "cursor":
     a `Cursor`}. `path` is a local path or an fsspec URL; ranks in several processes need a file system they share.
     `patterns` is a tree or a prefix of patterns and `Param`s (`None`: equal on every rank); `TrainState`s know their
-    own, and their mesh and rules. `timeout` in seconds ends the wait for a rank that does not write.
+    own, and their mesh and rules. The ranks of a pipeline stage give its leaves alone, as `ft.pipeline.declarations`
+    declares them, and the checkpoint is as if there were no pipeline. `timeout` in seconds ends the wait for a rank
+    that does not write.
 
     The directory is there once it is whole, and torch's own tools read it (`dcp_to_torch_save`): keys are the leaves'
     paths. Raises `CheckpointError` on every rank if one cannot write, or if there is such a checkpoint already.
@@ -83,11 +85,11 @@ def together(mesh: Mesh | None, does: str, work: Callable[[], Any]) -> Any:
         result = work()
     except Exception as error:
         if mesh is not None:
-            mesh.transport.agree(f"fails: {error}", wait=False)
+            mesh.transport.agree(f"fails: {error}", wait=False, everyone=True)
         raise
     if mesh is not None:
         try:
-            mesh.transport.agree(does)
+            mesh.transport.agree(does, everyone=True)
         except CollectiveError as error:
             problems = [line.strip(" -") for line in str(error).splitlines() if "Fix:" not in line]
             what = f"rank {mesh.rank} {does}"

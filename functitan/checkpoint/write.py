@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from functitan.checkpoint.dcp import METADATA, Entry, Item, metadata_of, pack, pieces
@@ -44,21 +45,24 @@ class Part(NamedTuple):
     rank: int
     world: int
     blocks: list[tuple[str, tuple[int, ...] | None, Any]]
-    leaves: list[tuple[str, tuple[int, ...] | None, Any]]  # (path, global shape, dtype)
+    leaves: list[tuple[str, tuple[int, ...] | None, Any]]  # (path, global shape, dtype), those of its pipeline stages
+    speaks: bool = True  # for the ranks of its pipeline stages, whose leaves are the same
 
 
 def part_of(leaves: list[Leaf], mesh: Mesh | None) -> Part:
     """The blocks of this rank that no other rank writes: of equal shards, each leaf's have a writer in turn."""
     rank, world = (mesh.rank, math.prod(mesh.sizes.sizes)) if mesh is not None else (0, 1)
+    stage = None if mesh is None else mesh.without(("pp",))
     blocks = []
     for number, leaf in enumerate(leaves):
-        if not _writes(leaf, mesh, number):
+        if (mesh is not None and mesh.place != leaf.owner) or not _writes(leaf, stage, number):
             continue
         if leaf.shape is None:
             blocks.append((leaf.path, None, leaf.value))
         else:
             blocks.append((leaf.path, tuple(part.start for part in leaf.block(mesh)), leaf.value))
-    return Part(rank, world, blocks, [(leaf.path, leaf.shape, leaf.dtype) for leaf in leaves])
+    described = [(leaf.path, leaf.shape, leaf.dtype) for leaf in leaves]
+    return Part(rank, world, blocks, described, stage is None or stage.rank == 0)
 
 
 def announce(place: Place) -> None:
@@ -121,12 +125,13 @@ def _write_blocks(place: Place, part: Part) -> dict[str, Any]:
                     raise failed
                 sizes = tuple(piece.shape) if isinstance(piece, Tensor) else ()
                 items.append(Item(path, at, sizes, name, start, size - start, crc))
-    return {"file": name, "size": size, "items": items}
+    said = [(path, shape, str(dtype).removeprefix("torch.")) for path, shape, dtype in part.leaves if part.speaks]
+    return {"file": name, "size": size, "items": items, "leaves": said}
 
 
 def _complete(place: Place, part: Part, timeout: float) -> None:
     records = _records(hidden(place), part.world, timeout)
-    entries = {path: Entry(shape, dtype, []) for path, shape, dtype in part.leaves}
+    entries = _entries(place, records)
     files, checksums = {}, []
     for record in records:
         files[record["file"]] = record["size"]
@@ -145,6 +150,21 @@ def _complete(place: Place, part: Part, timeout: float) -> None:
     for name in (*map(_record_name, range(part.world)), GOES_ON):
         with suppress(OSError):
             place.fs.rm(f"{place.path}/{name}")
+
+
+def _entries(place: Place, records: list[Any]) -> dict[str, Entry]:
+    """The leaves of all pipeline stages. Raises `CheckpointError` if two stages have one in different shapes."""
+    entries: dict[str, Entry] = {}
+    problems = []
+    for record in records:
+        for path, shape, dtype in record["leaves"]:
+            mine = Entry(None, None, []) if shape is None else Entry(tuple(shape), getattr(torch, dtype), [])
+            if entries.setdefault(path, mine) != mine:
+                other = entries[path]
+                problems.append(f"{path} is {other.shape} {other.dtype} in one stage, and {mine.shape} {mine.dtype}")
+    if problems:
+        raise CheckpointError(report(f"writing the checkpoint {place.name}", problems, "declare a shared leaf once"))
+    return entries
 
 
 def _records(place: Place, world: int, timeout: float) -> list[Any]:

@@ -5,8 +5,8 @@ Invariant: nothing here mentions devices; every tensor's layout follows from its
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -14,11 +14,20 @@ from torch import Tensor
 from functitan import tree
 from functitan.errors import FunctitanError, report
 from functitan.models import llama
-from functitan.models.language import bad_sizes, check_batch, check_params, mask_padding, next_token_loss, padded
+from functitan.models.language import (
+    bad_sizes,
+    check_batch,
+    check_params,
+    mask_padding,
+    next_token_loss,
+    padded,
+    stages_of,
+)
 from functitan.nn import attention, layer_norm, mlp, position_embedding
 from functitan.ops.einsum import einsum
 from functitan.ops.lookup import take
 from functitan.param import Param, normal
+from functitan.pipeline.stages import Stage
 
 RULES = llama.RULES.replace(positions=None)
 
@@ -110,19 +119,43 @@ def apply(
     `block` replaces the function of a block: `functools.partial` or any wrapper of `gpt2.block`.
     """
     check_params("gpt2", params, _declared(config))
-    x = take("batch seq, vocab embed -> batch seq embed", tokens, params["embedding"])
-    x = position_embedding.apply(params["positions"], x, positions=positions)
+    x = _begin(params, tokens, positions)
     for layer in params["layers"]:
         x = block(layer, x, config, positions, segments)
-    x = layer_norm.apply(params["norm"], x, eps=config.norm_eps)
-    logits = einsum("batch seq embed, vocab embed -> batch seq vocab", x, params["embedding"])
-    return mask_padding(logits, config.vocab_size)
+    return _end(params, x, config)
 
 
 def loss(params: tree.Tree, batch: dict[str, Tensor], config: GPT2Config, **options: Any) -> tuple[Tensor, Tensor]:
     """(sum of the cross entropies, number of labels that count) of {"tokens", "labels"}, both "batch seq"."""
     check_batch("gpt2", batch)
     return next_token_loss(apply(params, batch["tokens"], config, **options), batch["labels"])
+
+
+def stages(config: GPT2Config, layers: Sequence[range], *, block: Callable[..., Tensor] = block) -> list[Stage]:
+    """The stages of `ft.pipeline`, of these layers each; the last gives `loss`.
+
+    The batch may have "positions" and "segments" too. The embedding is in the first stage and in the last. Raises
+    `FunctitanError`.
+
+    >>> import functitan as ft
+    >>> [list(s.declarations) for s in stages(DEBUG, ft.pipeline.partition(6, 2))]
+    [['embedding', 'positions', 'layers'], ['norm', 'embedding', 'layers']]
+    """
+    run = lambda params, x, positions, segments: block(params, x, config, positions, segments)
+    begin = ("embedding", "positions"), _begin
+    end = ("norm", "embedding"), partial(_end, config=config)
+    return stages_of("gpt2", _declared(config), layers, begin, run, end)
+
+
+def _begin(params: tree.Tree, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    x = take("batch seq, vocab embed -> batch seq embed", tokens, params["embedding"])
+    return position_embedding.apply(params["positions"], x, positions=positions)
+
+
+def _end(params: tree.Tree, x: Tensor, config: GPT2Config) -> Tensor:
+    x = layer_norm.apply(params["norm"], x, eps=config.norm_eps)
+    logits = einsum("batch seq embed, vocab embed -> batch seq vocab", x, params["embedding"])
+    return mask_padding(logits, config.vocab_size)
 
 
 def _check_config(config: GPT2Config) -> None:

@@ -6,7 +6,7 @@ Invariant: nothing here mentions devices; every tensor's layout follows from its
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -21,6 +21,7 @@ from functitan.models.language import (
     mask_padding,
     next_token_loss,
     padded,
+    stages_of,
 )
 from functitan.nn import attention, rms_norm, swiglu
 from functitan.nn.rope import RopeScaling
@@ -29,6 +30,7 @@ from functitan.ops.einsum import einsum
 from functitan.ops.linear_loss import linear_cross_entropy
 from functitan.ops.lookup import take
 from functitan.param import Param, normal
+from functitan.pipeline.stages import Stage
 from functitan.sharding.rules import AxisRules
 
 RULES = AxisRules(
@@ -138,9 +140,7 @@ def apply(
     `block` replaces the function of a block: `functools.partial` or any wrapper of `llama.block`, such as `ft.remat`;
     or the functions of all, in order: `[ft.remat(block) if i % 2 else block for i in range(config.num_layers)]`.
     """
-    x = hidden(params, tokens, config, positions=positions, segments=segments, block=block)
-    pattern = f"batch seq embed, {_OUTPUT[config.tied]} -> batch seq vocab"
-    return mask_padding(einsum(pattern, x, _output(params, config)), config.vocab_size)
+    return _logits(params, hidden(params, tokens, config, positions=positions, segments=segments, block=block), config)
 
 
 def hidden(
@@ -154,7 +154,7 @@ def hidden(
 ) -> Tensor:
     """What the last block gives, normalized: "batch seq embed", which the output matrix turns into logits."""
     check_params("llama", params, _declared(config))
-    x = take("batch seq, vocab embed -> batch seq embed", tokens, params["embedding"])
+    x = _begin(params, tokens)
     blocks = [block] * len(params["layers"]) if callable(block) else block
     for layer, run in zip(params["layers"], blocks, strict=True):
         x = run(layer, x, config, positions, segments)
@@ -181,6 +181,40 @@ def loss(
 
 def _output(params: tree.Tree, config: LlamaConfig) -> Tensor:
     return params["embedding" if config.tied else "unembedding"]
+
+
+def stages(
+    config: LlamaConfig,
+    layers: Sequence[range],
+    *,
+    block: Callable[..., Tensor] | Sequence[Callable[..., Tensor]] = block,
+) -> list[Stage]:
+    """The stages of `ft.pipeline`, of these layers each; the last gives `loss`.
+
+    The batch may have "positions" and "segments" too. A tied embedding is in the first stage and in the last. Raises
+    `FunctitanError`.
+
+    >>> import functitan as ft
+    >>> [list(s.declarations) for s in stages(DEBUG, ft.pipeline.partition(6, 2))]
+    [['embedding', 'layers'], ['norm', 'unembedding', 'layers']]
+    """
+    runs = [block] * config.num_layers if callable(block) else block
+    blocks = [lambda p, x, positions, segments, run=run: run(p, x, config, positions, segments) for run in runs]
+    end = ("norm", "embedding" if config.tied else "unembedding"), partial(_end, config=config)
+    return stages_of("llama", _declared(config), layers, (("embedding",), _begin), blocks, end)
+
+
+def _begin(params: tree.Tree, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    return take("batch seq, vocab embed -> batch seq embed", tokens, params["embedding"])
+
+
+def _end(params: tree.Tree, x: Tensor, config: LlamaConfig) -> Tensor:
+    return _logits(params, rms_norm.apply(params["norm"], x, eps=config.norm_eps), config)
+
+
+def _logits(params: tree.Tree, x: Tensor, config: LlamaConfig) -> Tensor:
+    pattern = f"batch seq embed, {_OUTPUT[config.tied]} -> batch seq vocab"
+    return mask_padding(einsum(pattern, x, _output(params, config)), config.vocab_size)
 
 
 def _check_config(config: LlamaConfig) -> None:

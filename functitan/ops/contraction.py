@@ -6,7 +6,8 @@ gathered.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -67,7 +68,8 @@ def contract(
     made = made or (None,) * len(typed.results)
     full, hidden = resolve(typed, tensors, env, label)
     chosen = plan(full, env.mesh.sizes, fixed)
-    seen = env.taps is not None or env.memo is not None  # taps see the backward of every op, too
+    # taps see the backward of every op, too
+    seen = env.taps is not None or env.memo is not None or defers(tensors, env)
     simple = chosen.is_local and reduction == "sum" and arithmetic is None and not seen
     if simple and _transposes_locally(full, env, fixed):
         with env.span(*label):
@@ -76,6 +78,11 @@ def contract(
     static = Static(typed, full, chosen, label, reduction, fixed, dtypes, compute, made, arithmetic or plain(compute))
     linear = all(len(term.operands) == 1 for term in typed.terms)
     return apply(Call(_LINEAR if linear else _PRODUCT, env, static, *hidden), *tensors)
+
+
+def defers(tensors: Iterable[Any], env: Env) -> bool:
+    """True if one of the operands is a weight whose gradient is to wait: plain torch ops would compute it at once."""
+    return env.deferred is not None and any(env.deferred.number(x) is not None for x in tensors)
 
 
 def move(now: Type, then: Type, x: Tensor, env: Env, label: Label, sizes: Sizes = ()) -> Tensor:
@@ -111,8 +118,25 @@ def _run(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _vjp(call: Call, tensors: tuple[Tensor, ...], _: Any, grads: tuple[Tensor | None, ...], wanted: tuple[int, ...]):
+    assert call.static.reduction == "sum", "a maximum is not linear: ops that use it give their own vjp"
+    deferred = call.env.deferred
+    numbers = {i: None if deferred is None or not tensors else deferred.number(tensors[i]) for i in wanted}
+    now = tuple(i for i in wanted if numbers[i] is None)
+    if deferred is not None and (waiting := tuple(i for i in wanted if numbers[i] is not None)):
+        places, product = _transposed(call, tensors, grads, waiting)
+        deferred.put(tuple(numbers[i] for i in places), product)  # type: ignore[misc]
+    if not now:
+        return (None,) * len(wanted)
+    places, product = _transposed(call, tensors, grads, now)
+    found = dict(zip(places, product(), strict=True))
+    return tuple(found.get(i) for i in wanted)
+
+
+def _transposed(
+    call: Call, tensors: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], wanted: tuple[int, ...]
+) -> tuple[list[int], Callable[[], tuple[Tensor, ...]]]:
+    """Those of the operands `wanted` that have a cotangent, and what works it out, which keeps what it uses."""
     static: Static = call.static
-    assert static.reduction == "sum", "a maximum is not linear: ops that use it give their own vjp"
     given = tuple(i for i, g in enumerate(grads) if g is not None)
     typed = cotangents(static.typed._replace(sizes=static.full.sizes), wanted, given)
     typed, results, used = _used(typed)
@@ -130,12 +154,8 @@ def _vjp(call: Call, tensors: tuple[Tensor, ...], _: Any, grads: tuple[Tensor | 
         call.env,
     )
     made = tuple(static.dtypes[i] for i in places)
-    outs = contract(
-        typed, inputs, call.transposed(), static.label, static.fixed,
-        compute=static.compute, made=made, arithmetic=static.arithmetic.backward(roles),
-    )  # fmt: skip
-    found = dict(zip(results, outs, strict=True))
-    return tuple(found.get(r) for r in range(len(wanted)))
+    options = dict(fixed=static.fixed, compute=static.compute, made=made, arithmetic=static.arithmetic.backward(roles))
+    return places, partial(contract, typed, inputs, call.transposed(), static.label, **options)
 
 
 def _jvp(call: Call, tensors: tuple[Tensor, ...], _: Any, given: tuple[Tensor | None, ...]):

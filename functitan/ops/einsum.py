@@ -13,7 +13,7 @@ from torch import Tensor
 
 from functitan.axes import Axes, Signature, parse_signature, write_axes
 from functitan.errors import PatternError, nearest, report
-from functitan.ops.contraction import contract
+from functitan.ops.contraction import contract, defers
 from functitan.ops.float8 import converted
 from functitan.ops.local import product
 from functitan.ops.operands import Operand, check_operands
@@ -43,7 +43,7 @@ def einsum(pattern: str, *tensors: Tensor) -> Any:
     arithmetic = None
     if env.float8 is not None and _are_tensors(signature, tensors):
         arithmetic = converted(pattern, signature, tensors, env)
-    if env.memo is not None or arithmetic is not None:  # both want the named op
+    if env.memo is not None or arithmetic is not None or defers(tensors, env):  # all want the named op
         env = env.on_one_rank(tuple(axis for axes in signature.operands for axis in axes))
     if env.mesh is None:
         try:

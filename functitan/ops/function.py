@@ -68,7 +68,7 @@ class Call(NamedTuple):
     def transposed(self) -> Env:
         """The surroundings of the ops that its vjp calls."""
         phase = "backward" if self.env.phase == "forward" else self.env.phase
-        return self.env._replace(phase=phase, recomputed=False, memo=None)
+        return self.env._replace(phase=phase, recomputed=False, memo=None, deferred=None)
 
 
 NAME = "checkpoint_name"  # of the op that names a tensor for remat

@@ -66,10 +66,11 @@ def _refuse(bad: Tensor, loss: Tensor, grads: tree.Tree, step: Any) -> None:
         return
     paths = ["loss", *(f"gradients.{path}" for path in tree.paths(grads))]
     kinds = [torch.stack([x.isnan().any(), x.isinf().any()]) for x in (loss, *tree.leaves(grads))]
-    of_all = _over_ranks(torch.stack(kinds).to(torch.float32), quiet=True).bool().tolist()
+    of_all = _over_ranks(torch.stack(kinds).to(torch.float32), quiet=True, stages=False).bool().tolist()
     names = [" and ".join(kind for kind, has in zip(("NaN", "infinity"), row, strict=True) if has) for row in of_all]
     lines = [f"{path}: {name}" for path, name in zip(paths, names, strict=True) if name]
     number = len(lines)
+    lines = lines or ["those of another pipeline stage, whose ranks name them"]
     lines[_SHOWN:] = [f"and {number - _SHOWN} more"] if number > _SHOWN else []
     where = f"step {int(step)} of ft.train_step, loss {loss.item():g}: {number} of {len(paths)} values are not finite"
     raise NonFiniteError(report(where, lines, _FIX))
@@ -89,9 +90,9 @@ def _unless(skip: Tensor, old: Any, update: Callable[[bool], Any], donate: bool)
     return tree.map(lambda x, y: torch.where(skip, x, y), old, update(False))
 
 
-def _over_ranks(x: Tensor, quiet: bool) -> Tensor:
-    """The maximum over all ranks; `quiet`: after an error, which no prediction knows."""
-    env = current()
+def _over_ranks(x: Tensor, quiet: bool, stages: bool = True) -> Tensor:
+    """The maximum over all ranks, or this pipeline stage's; `quiet`: after an error, which no prediction knows."""
+    env = current().of_all_stages() if stages else current()
     dims = tuple(dim for dim, n in env.mesh.shape.items() if n > 1) if env.mesh is not None else ()
     env = env._replace(phase="update", ledger=None if quiet else env.ledger)
     return run_step(x, Step("all_reduce", dims), env, Label("nonfinite", ""), "max") if dims else x

@@ -35,16 +35,18 @@ def global_norm(values: tree.Tree, patterns: tree.Tree | None = None) -> Tensor:
 def norm_in(env: Env, values: tree.Tree, patterns: tree.Tree | None) -> Tensor:
     """`global_norm` in these surroundings."""
     leaves = tree.leaves(values)
-    if not leaves:
-        return torch.zeros(())
     dtype = wide_dtype([x.dtype for x in leaves])
-    total = None
-    for dims, group in _by_dims(leaves_of("global_norm", values, patterns, env), env).items():
-        part = squares([leaves[i] for i in group], dtype).sum()
-        part = run_step(part, Step("all_reduce", dims), env, Label("global_norm", "")) if dims else part
-        total = part if total is None else total + part
-    assert total is not None
-    return total.sqrt()  # with pipeline stages, each rank's total is first summed over pp: this is the place
+    total = torch.zeros((), dtype=dtype, device=leaves[0].device if leaves else None)
+    known = leaves_of("global_norm", values, patterns, env)
+    mine = [env.pipeline is None or env.pipeline.place == leaf.owner for leaf in known]
+    for dims, group in _by_dims(known, env).items():
+        counted = [leaves[i] for i in group if mine[i]]
+        part = squares(counted, dtype).sum() if counted else torch.zeros_like(total)
+        total = total + (run_step(part, Step("all_reduce", dims), env, Label("global_norm", "")) if dims else part)
+    if env.pipeline is not None:  # in a dtype that all stages have
+        wide, over = total.to(torch.float64), Step("all_reduce", ("pp",))
+        total = run_step(wide, over, env.of_all_stages(), Label("global_norm", "")).to(dtype)
+    return total.sqrt()
 
 
 def rms_in(env: Env, what: str, values: tree.Tree, patterns: tree.Tree | None) -> list[Tensor]:

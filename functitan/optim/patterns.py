@@ -18,11 +18,15 @@ from functitan.sharding.layout import Layout, axes_of, check_rank, global_shape,
 
 
 class Leaf(NamedTuple):
-    """One leaf of an update: its path, axes, and surroundings, which have no mesh where all ranks hold it whole."""
+    """One leaf of an update: its path, axes, and surroundings, which have no mesh where all ranks hold it whole.
+
+    Of a pipeline's leaf the rank at place `owner` counts it; ranks at other places may have a copy, or it not at all.
+    """
 
     path: str
     axes: Axes
     env: Env
+    owner: int = 0
 
     @property
     def pattern(self) -> str:
@@ -62,7 +66,8 @@ def leaves_of(what: str, values: tree.Tree, patterns: tree.Tree | None, env: Env
         axes = axes_of(pattern)
         if axes is not None:
             check_rank(axes, tuple(x.shape), path)
-        found.append(Leaf(path, named_axes(x), plain) if axes is None else Leaf(path, axes, env))
+        owner = pattern.owner if isinstance(pattern, Param) else 0
+        found.append(Leaf(path, named_axes(x), plain) if axes is None else Leaf(path, axes, env, owner))
     return found
 
 

@@ -118,7 +118,7 @@ def refuse_forward_mode(mesh: Mesh | None, what: str) -> None:
 
 
 def _call(kind: str, x: Tensor, dims: str | Dims, places: tuple[Any, ...], dtype: torch.dtype | None) -> Tensor:
-    env, dims = current(), (dims,) if isinstance(dims, str) else tuple(dims)
+    env, dims = current().of_all_stages(), (dims,) if isinstance(dims, str) else tuple(dims)
     if env.mesh is None:
         raise MeshError(
             report(f"{kind} over {dims}", ["there is no mesh"], "call it inside ft.spmd(fn, mesh=, rules=)")

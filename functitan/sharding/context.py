@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.profiler import record_function
 
 from functitan.errors import MeshError, check_function, report
+from functitan.sharding.deferred import Deferred
 from functitan.sharding.distributed import mesh_of
 from functitan.sharding.float8 import Float8
 from functitan.sharding.layout import Layout, layout_of
@@ -51,6 +52,8 @@ class Env(NamedTuple):
     pipelined: Pipelining | None = None  # what runs beside matmuls; none: nothing does
     sequence: Sequence = DEFAULT  # how positions lie, and how attention meets them where they are sharded
     profiled: bool = False  # ops, collectives and phases name their spans for `ft.profile`
+    pipeline: Mesh | None = None  # of all pipeline stages, where `mesh` is that of the ranks of this one
+    deferred: Deferred | None = None  # where gradients of weights wait, of a backward that is split in two
 
     def layout(self, axes: tuple[str, ...]) -> Layout:
         """The layout of a pattern here; only where there is a mesh."""
@@ -58,6 +61,17 @@ class Env(NamedTuple):
         if self.ledger is not None:
             self.ledger.patterns.add(axes)
         return layout_of(axes, self.rules, self.mesh.sizes)
+
+    def on(self, mesh: Mesh | None, rules: AxisRules | None) -> Env:
+        """These surroundings on a mesh, of which named ops see the ranks of this one's pipeline stage."""
+        if mesh is None or mesh.sizes.size("pp") == 1:
+            return self._replace(mesh=mesh, rules=rules, pipeline=None)
+        stage = mesh.without(("pp",))
+        return self._replace(mesh=stage, rules=None if stage is None else rules, pipeline=mesh)
+
+    def of_all_stages(self) -> Env:
+        """These surroundings on the mesh of all pipeline stages: for what ranks do that are not of one stage."""
+        return self if self.pipeline is None else self._replace(mesh=self.pipeline)
 
     def on_one_rank(self, axes: tuple[str, ...]) -> Env:
         """These surroundings with a mesh, of one rank if there is none: for ops that run in one way only."""
@@ -150,8 +164,9 @@ def spmd(
     @functools.wraps(fn)
     def inside(*args: Any, **kwargs: Any) -> Any:
         env = _CURRENT.get()
-        planned = env.mesh is not None and env.mesh.transport.name == "explain" and known is not None
-        with using(env if planned else env._replace(mesh=known, rules=rules)):
+        outer = env.of_all_stages().mesh
+        planned = outer is not None and outer.transport.name == "explain" and known is not None
+        with using(env if planned else env.on(known, rules)):
             return fn(*args, **kwargs)
 
     return inside

@@ -29,6 +29,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout as set_pg_timeout
 from functitan.errors import CollectiveError, MeshError, report
 from functitan.sharding.agreement import agreement
 from functitan.sharding.mesh import Mesh, MeshSizes, Transport, Wait, infer_sizes, mesh_sizes
+from functitan.sharding.point_to_point import Line, point_to_point
 from functitan.sharding.program import FIX, describe
 from functitan.sharding.rules import Dims
 
@@ -87,41 +88,61 @@ def _mesh_of(device_mesh: DeviceMesh, _: Any) -> Mesh:
     sizes = mesh_sizes(dict(zip(names, device_mesh.shape, strict=True)))
     # numpy, because the first collective of a group may come while fake tensors are traced
     gloo = dist.get_backend(device_mesh.get_group(names[0])) == "gloo"  # its reduce-scatter takes twice an exchange
-    group = cache(partial(_group, device_mesh, device_mesh.mesh.numpy(), sizes, tuple(coordinate)))
-    return Mesh(sizes, tuple(coordinate), _transport(group, _agree(device_mesh, tuple(coordinate)), gloo))
+    known = device_mesh, device_mesh.mesh.numpy(), sizes, tuple(coordinate)
+    post, receive = point_to_point(partial(_line, *known))
+    transport = _transport(cache(partial(_group, *known)), _agree(device_mesh, tuple(coordinate)), gloo)
+    return Mesh(sizes, tuple(coordinate), transport._replace(post=post, receive=receive))
 
 
 def _group(
     device_mesh: DeviceMesh, processes: numpy.ndarray, sizes: MeshSizes, coordinate: tuple[int, ...], dims: Dims
 ) -> tuple[str, int, int]:
     """(group name, number of ranks, this process's number in it) over `dims`, in their order."""
-    places = [sizes.dims.index(dim) for dim in dims]
-    rest = [place for place in range(len(sizes.dims)) if place not in places]
-    ranks = processes.transpose(*rest, *places)[tuple(coordinate[place] for place in rest)].ravel().tolist()
-    group = device_mesh.get_group(dims[0])
+    ranks, group = _members(processes, sizes, coordinate, dims), device_mesh.get_group(dims[0])
     if dist.get_process_group_ranks(group) != ranks:  # several dims, or a DeviceMesh of descending ranks
-        # c10d sorts the ranks of a group unless told that they agree on their own order
-        group = dist.new_group(
-            ranks, _timeout(group, device_mesh.device_type), use_local_synchronization=True, sort_ranks=False
-        )
-    assert isinstance(group, dist.ProcessGroup)
+        group = _new_group(ranks, group, device_mesh)
     return group.group_name, len(ranks), group.rank()
 
 
+def _line(
+    device_mesh: DeviceMesh, processes: numpy.ndarray, sizes: MeshSizes, coordinate: tuple[int, ...], dim: str
+) -> Line:
+    """The processes along one mesh dim, with two groups that no collective uses."""
+    ranks, group = _members(processes, sizes, coordinate, (dim,)), device_mesh.get_group(dim)
+    up, down = (_new_group(ranks, group, device_mesh) for _ in range(2))
+    return Line(tuple(ranks), up.rank(), up, down)
+
+
+def _members(processes: numpy.ndarray, sizes: MeshSizes, coordinate: tuple[int, ...], dims: Dims) -> list[int]:
+    """The processes that differ from this one in `dims` alone, in their order."""
+    places = [sizes.dims.index(dim) for dim in dims]
+    rest = [place for place in range(len(sizes.dims)) if place not in places]
+    return processes.transpose(*rest, *places)[tuple(coordinate[place] for place in rest)].ravel().tolist()
+
+
+def _new_group(ranks: list[int], like: dist.ProcessGroup, device_mesh: DeviceMesh) -> dist.ProcessGroup:
+    # c10d sorts the ranks of a group unless told that they agree on their own order
+    limit = _timeout(like, device_mesh.device_type)
+    group = dist.new_group(ranks, limit, use_local_synchronization=True, sort_ranks=False)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
 def _agree(device_mesh: DeviceMesh, coordinate: tuple[int, ...]) -> Callable[..., None]:
-    """Agreement with the processes of this one's pipeline stage, through torch.distributed's own store."""
+    """Agreement with the processes of this one's pipeline stage, or of all, through torch.distributed's own store."""
     names = device_mesh.mesh_dim_names
     assert names
     stage = tuple(at if dim == "pp" else slice(None) for dim, at in zip(names, coordinate, strict=True))
 
     @cache  # made when first asked for
-    def agreed() -> Callable[..., None]:
-        members = device_mesh.mesh.numpy()[stage].ravel().tolist()
+    def agreed(everyone: bool) -> Callable[..., None]:
+        members = device_mesh.mesh.numpy()[() if everyone else stage].ravel().tolist()
         limit = _timeout(device_mesh.get_group(names[0]), device_mesh.device_type) or timedelta(seconds=TIMEOUT_S)
         name = f"mesh {zlib.crc32(repr((names, members)).encode()):x}"
         return _agreement(name, members, limit)
 
-    return lambda program, wait=True: agreed()(program, wait)
+    whole = "pp" not in names  # one stage: all ranks are its ranks, who count together
+    return lambda program, wait=True, everyone=False: agreed(everyone and not whole)(program, wait)
 
 
 def _agreement(name: str, members: Sequence[int], limit: timedelta) -> Callable[..., None]:

@@ -66,7 +66,7 @@ def explain(
     names = [f"argument {path}" for path in tree.paths(args)]
     layouts = check_leaves("ft.explain", zip(names, known, shapes, strict=True), rules, sizes)
     ledger = Ledger(f"one call on {dict(zip(sizes.dims, sizes.sizes, strict=True))}, rank 0")
-    env = Env(Mesh(sizes, (0,) * len(sizes.dims), shapes_only(sizes)), rules, ledger=ledger)
+    env = Env(ledger=ledger).on(Mesh(sizes, (0,) * len(sizes.dims), shapes_only(sizes)), rules)
     with FakeTensorMode(allow_non_fake_inputs=True):
         shards = [_shard(leaf, layout, sizes) for leaf, layout in zip(leaves, layouts, strict=True)]
         memory = _Memory([x for x in shards if isinstance(x, Tensor)])
@@ -117,7 +117,7 @@ def shapes_only(sizes: MeshSizes) -> Transport:
     sends: dict[str, Any] = {
         kind: lambda x, dims, *options, kind=kind: partial(unsent, kind, x, sizes.size(dims)) for kind in kinds
     }
-    return Transport("explain", **sends, agree=lambda program, wait=True: None)
+    return Transport("explain", **sends, agree=lambda program, wait=True, everyone=False: None)
 
 
 def _sizes(mesh: Any) -> MeshSizes:

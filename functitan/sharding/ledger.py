@@ -2,7 +2,7 @@
 
 Invariant: `bytes` is what one rank sends. With n ranks and S bytes of the whole tensor that is (n-1)/n S for an
 all-gather or a reduce-scatter, 2(n-1)/n S for an all-reduce, (n-1)/n of the local tensor for an all-to-all, and the
-message itself for a permute.
+message itself for a permute, or for a send to another pipeline stage, which its sender enters.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ FORMULAS = {  # bytes sent by one rank, from the local input's bytes and the num
     "all_reduce": lambda nbytes, n: 2 * (n - 1) * nbytes // n,
     "all_to_all": lambda nbytes, n: (n - 1) * nbytes // n,
     "permute": lambda nbytes, n: nbytes if n > 1 else 0,
+    "send": lambda nbytes, n: nbytes,
 }
 
 

@@ -34,15 +34,26 @@ class MeshSizes(NamedTuple):
 Wait = Callable[[], Any]
 
 
+class Pending(NamedTuple):
+    """A message under way. `wait()` gives its tensor once it has arrived, or has left; `done()` says if it has."""
+
+    wait: Wait
+    done: Callable[[], bool]
+
+
 class Transport(NamedTuple):
-    """How one rank's messages travel: five pure functions of a tensor and the mesh dims of a group, and a check.
+    """How one rank's messages travel: pure functions of a tensor and the mesh dims of a group, and a check.
 
     Each starts a message and gives the function that waits for its result; what runs between the two hides it. Ranks
     start the same messages in the same order, and leave `x` as it is until they have waited.
 
     The order of the dims is the order of the ranks in the group, outermost first; N is their number. `op` is "sum" or
     "max"; `note` names op and pattern in errors. `agree` raises `CollectiveError` unless all ranks of this pipeline
-    stage call it with the same text; with `wait=False`, for a rank that fails, it tells the others and returns.
+    stage call it with the same text; with `wait=False`, for a rank that fails, it tells the others and returns; with
+    `everyone`, all ranks of all stages call it.
+
+    `post` and `receive` are messages between this rank and the one that differs from it in its place along one mesh
+    dim alone. Neither waits: they give a `Pending`. Messages of a pair arrive in the order they were posted.
     """
 
     name: str
@@ -51,9 +62,11 @@ class Transport(NamedTuple):
     all_reduce: Callable[..., Wait]  # (x, dims, op, note) -> () -> x.shape
     all_to_all: Callable[..., Wait]  # (x: [N, ...], dims, note) -> () -> [N, ...]: row j goes to rank j
     permute: Callable[..., Wait]  # (x, dims, shift, note) -> () -> x of the rank `shift` places before
-    agree: Callable[..., None]  # (program, wait=True)
+    agree: Callable[..., None]  # (program, wait=True, everyone=False)
     group: Callable[..., Any] | None = None  # (dims) -> (its c10d name, number of ranks, this rank's number)
     exchanges: bool = False  # a reduce-scatter runs as an all-to-all of the same bytes, and a sum
+    post: Callable[..., Pending] | None = None  # (x, dim, to, note)
+    receive: Callable[..., Pending] | None = None  # (shape, dtype, device, dim, source, note)
 
 
 class Mesh(NamedTuple):
@@ -67,6 +80,11 @@ class Mesh(NamedTuple):
     def shape(self) -> dict[str, int]:
         """`{dim: size}`, outermost first."""
         return dict(zip(self.sizes.dims, self.sizes.sizes, strict=True))
+
+    @property
+    def place(self) -> int:
+        """This rank's place among the pipeline's, 0 without one."""
+        return self.index(("pp",))
 
     @property
     def rank(self) -> int:

@@ -18,7 +18,7 @@ import torch
 
 from functitan.errors import CollectiveError, MeshError, check_function, report
 from functitan.sharding.context import current, using, within
-from functitan.sharding.mesh import Mesh, MeshSizes, Transport, Wait, mesh_sizes
+from functitan.sharding.mesh import Mesh, MeshSizes, Pending, Transport, Wait, mesh_sizes
 from functitan.sharding.program import describe, disagree, waited
 from functitan.sharding.rules import Dims
 
@@ -92,6 +92,9 @@ class _Table:
         self.counts: dict[tuple[int, tuple[int, ...]], int] = {}
         self.arrived: dict[Any, dict[int, tuple[Any, Any]]] = {}
         self.results: dict[Any, dict[int, Any]] = {}
+        self.posted: dict[tuple[int, int], int] = {}  # how many messages each rank has sent to each
+        self.awaited: dict[tuple[int, int], int] = {}  # how many receives each rank has posted from each
+        self.mail: dict[tuple[int, int, int], tuple[tuple, Any]] = {}  # by (from, to, number)
         self.left: set[int] = set()
         self.errors: list[tuple[int, BaseException]] = []
 
@@ -135,6 +138,31 @@ class _Table:
                 del self.results[key]
             return mine
 
+    def post(self, rank: int, to: int, program: tuple, x: torch.Tensor) -> Pending:
+        with self.condition:
+            number = self.posted[rank, to] = self.posted.get((rank, to), 0) + 1
+            self.mail[rank, to, number] = program, x.clone()
+            self.condition.notify_all()
+        return Pending(lambda: x, lambda: True)
+
+    def receive(self, rank: int, source: int, program: tuple) -> Pending:
+        number = self.awaited[source, rank] = self.awaited.get((source, rank), 0) + 1
+        key = source, rank, number
+
+        def wait() -> Any:
+            with self.condition:
+                done = self.condition.wait_for(
+                    lambda: key in self.mail or bool(self.errors) or source in self.left, self.timeout
+                )
+                if key not in self.mail:
+                    raise CollectiveError(_missing(rank, (source,), {}, program, self, done))
+                sent, x = self.mail.pop(key)
+            if sent != program:
+                raise CollectiveError(disagree({source: f"sends {_text(sent)}", rank: f"awaits {_text(program)}"}))
+            return x
+
+        return Pending(wait, lambda: key in self.mail)
+
 
 def _transport(table: _Table, sizes: MeshSizes, coordinate: tuple[int, ...]) -> Transport:
     strides = [1]
@@ -174,12 +202,20 @@ def _transport(table: _Table, sizes: MeshSizes, coordinate: tuple[int, ...]) -> 
     def permute(x, dims, shift, note):
         return meet("permute", x, dims, note, lambda xs: [xs[(i - shift) % len(xs)].clone() for i in range(len(xs))])
 
-    def agree(program, wait=True):
+    def agree(program, wait=True, everyone=False):
         if wait:  # else it leaves with an error, which the table shows
-            stage = tuple(dim for dim in sizes.dims if dim != "pp")
-            table.meet(me, members(stage), program, None, lambda nothing: nothing)()
+            dims = tuple(dim for dim in sizes.dims if everyone or dim != "pp")
+            table.meet(me, members(dims), program, None, lambda nothing: nothing)()
 
-    return Transport("virtual", all_gather, reduce_scatter, all_reduce, all_to_all, permute, agree)
+    def post(x, dim, to, note):
+        return table.post(me, members((dim,))[to], ("message", (dim,), tuple(x.shape), str(x.dtype), *note), x)
+
+    def receive(shape, dtype, device, dim, source, note):
+        return table.receive(me, members((dim,))[source], ("message", (dim,), tuple(shape), str(dtype), *note))
+
+    return Transport(
+        "virtual", all_gather, reduce_scatter, all_reduce, all_to_all, permute, agree, post=post, receive=receive
+    )
 
 
 _REDUCE: dict[str, Callable[[list[torch.Tensor]], torch.Tensor]] = {
@@ -204,7 +240,9 @@ def _missing(rank: int, group: tuple, there: dict, program: Any, table: _Table, 
 
 def _does(program: Any) -> str:
     """A collective's kind, dims, shape, dtype and note, or what `agree` was told, in words."""
-    if isinstance(program, str):
-        return program
+    return program if isinstance(program, str) else f"runs {_text(program)}"
+
+
+def _text(program: tuple) -> str:
     kind, dims, shape, dtype, *note = program
-    return f"runs {describe(kind, dims, shape, dtype, tuple(note))}"
+    return describe(kind, dims, shape, dtype, tuple(note))

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functitan import random, tree
+from functitan import tree
 from functitan.axes import Axes
-from functitan.errors import FunctitanError, LayoutError, PatternError, RulesError, report
+from functitan.errors import FunctitanError, LayoutError, PatternError, report
 from functitan.ops.replica import merge, merge_scalars, one_replica, spread
 from functitan.sharding.context import Env, current, using
 from functitan.sharding.layout import axes_of, check_rank, divisibility, global_shape, layout_of
-from functitan.sharding.rules import AxisRules, Dims, check_rules
+from functitan.sharding.rules import AxisRules, check_rules
 from functitan.transforms.grad import add_gradients, described, has_derivative
-from functitan.transforms.loss import count_of, split_loss
+from functitan.transforms.microbatches import FIX_K, added, key_of, microbatch_size, replica_dims, rows, sum_and_beside
 
 WHERE = "ft.accumulate"
 
@@ -63,26 +63,24 @@ def accumulate(
     (tensor(69.), tensor(12.), tensor([20.6667, 25.3333]))
     """
     if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-        raise FunctitanError(report(WHERE, [f"k is {k!r}: it must be a whole number of at least 1"], _FIX_K))
+        raise FunctitanError(report(WHERE, [f"k is {k!r}: it must be a whole number of at least 1"], FIX_K))
 
     def gradients(params: tree.Tree, batch: Any, key: Tensor | None = None) -> Any:
         leaves, structure = tree.flatten(params)
         env = current()
-        dims = _replica_dims(batch_axis, env)
+        dims = replica_dims(batch_axis, env, WHERE)
         axes = _axes_of(params, patterns, to_rules, env)
-        size = _microbatch_size(batch, k, dims, env)
+        size = microbatch_size(batch, k, dims, env, WHERE)
         first = 0 if env.mesh is None else env.mesh.index(dims) * k
         copies = [spread(its, x, dims) for its, x in zip(axes, leaves, strict=True)]
         sums = [torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in copies]
         scalars: Any = None
         for i in range(k):
-            part = _rows(batch, i * size, size)
-            own = None if key is None else random.fold_in(key, first + i)
-            sum_of = lambda *values: _sum(loss_fn(tree.unflatten(structure, values), part, own))  # noqa: B023
+            part, own = rows(batch, i * size, size), key_of(key, first + i)
+            sum_of = lambda *values: sum_and_beside(loss_fn(tree.unflatten(structure, values), part, own), WHERE)  # noqa: B023
             with using(one_replica(dims)):
                 total, counted, sums = add_gradients(sum_of, copies, sums)
-            found = (total.to(counted[0].dtype), *counted)
-            scalars = found if scalars is None else tree.map(torch.add, scalars, found)
+            scalars = added(scalars, total, counted)
         del copies
         values, places = tree.flatten(scalars)
         total, count, aux = tree.unflatten(places, merge_scalars(values, dims))
@@ -93,50 +91,6 @@ def accumulate(
         return (total / count, (count, aux)), tree.unflatten(structure, sums)
 
     return gradients
-
-
-def _sum(out: Any) -> tuple[Tensor, tuple[Tensor, Any]]:
-    """A loss function's sum, and the (count, aux) that are added beside it: scalars, in float32 or wider."""
-    (total, count), aux = split_loss(out, WHERE)
-    bad = [
-        f"aux{'.' if path else ''}{path} is a tensor of shape {tuple(leaf.shape)}"
-        for path, leaf in zip(tree.paths(aux), tree.leaves(aux), strict=True)
-        if isinstance(leaf, Tensor) and leaf.dim()
-    ]
-    if bad:
-        raise FunctitanError(report(f"{WHERE}: aux is summed over microbatches and replicas", bad, _FIX_AUX))
-    beside = lambda x: _wide(torch.as_tensor(x, device=total.device))
-    return total, (count_of(count, _wide(total)), tree.map(beside, aux))
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32 if x.is_floating_point() else torch.int64))
-
-
-def _rows(batch: Any, start: int, size: int) -> Any:
-    return tree.map(lambda x: x.narrow(0, start, size) if _is_batched(x) else x, batch)
-
-
-def _is_batched(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.dim() > 0
-
-
-def _replica_dims(batch_axis: str, env: Env) -> Dims:
-    """The mesh dims that the batch takes in every tensor of the batch."""
-    if env.mesh is None:
-        return ()
-    assert env.rules is not None
-    dims = layout_of((batch_axis,), env.rules, env.mesh.sizes).of(batch_axis)
-    before = list(env.rules)[: list(env.rules).index(batch_axis)]
-    problems = [
-        f"rule {name!r} stands before {batch_axis!r} and takes {dim!r} first in tensors that have both"
-        for name in before
-        for dim in env.rules[name]
-        if dim in dims
-    ]
-    if problems:
-        raise RulesError(report(WHERE, problems, f"put the rule of {batch_axis!r} first in the table"))
-    return dims
 
 
 def _axes_of(params: tree.Tree, patterns: tree.Tree, to_rules: AxisRules | None, env: Env) -> list[Axes]:
@@ -170,28 +124,5 @@ def _axes_of(params: tree.Tree, patterns: tree.Tree, to_rules: AxisRules | None,
     return axes
 
 
-def _microbatch_size(batch: Any, k: int, dims: Dims, env: Env) -> int:
-    """The number of examples of one microbatch on this rank."""
-    sizes = {
-        f"batch{'.' if path else ''}{path}": x.shape[0]
-        for path, x in zip(tree.paths(batch), tree.leaves(batch), strict=True)
-        if _is_batched(x)
-    }
-    over = "·".join(f"{dim}={env.mesh.sizes.size(dim)}" for dim in dims) if env.mesh is not None else ""
-    here = f"on this rank ({over})" if over else "on this rank"
-    if not sizes:
-        raise FunctitanError(report(WHERE, ["the batch has no tensor with a first axis"], _FIX_BATCH))
-    if len(set(sizes.values())) > 1:
-        problems = [f"{path}: {size} examples {here}" for path, size in sizes.items()]
-        raise FunctitanError(report(f"{WHERE}: the batch's tensors differ in size", problems, _FIX_BATCH))
-    if next(iter(sizes.values())) % k:
-        problems = [f"{path}: {size} examples {here} are not divisible by {k}" for path, size in sizes.items()]
-        raise FunctitanError(report(f"{WHERE}: {k} microbatches", problems, _FIX_K))
-    return next(iter(sizes.values())) // k
-
-
-_FIX_K = "k is the number of microbatches: it divides the examples that each rank has"
-_FIX_BATCH = "the first axis of each tensor is the batch; close over tensors that all examples share"
-_FIX_AUX = "return scalars, sums over the batch: ft.reduce('batch seq ->', hits.float())"
 _FIX_LEAVES = "close over such leaves, or pass them with the batch"
 _FIX_PATTERNS = "say how each parameter is sharded: ft.accumulate(loss_fn, k, patterns=declarations)"

@@ -104,7 +104,15 @@ class _Call:
 def _region(its: _Call, xs: tuple[Tensor, ...]) -> Region:
     """What was made for such a call, or is now."""
     env = its.env._replace(
-        ledger=None, taps=None, checked=False, line="", capture=None, memo=None, differentiated=False, vmap_axes=()
+        ledger=None,
+        taps=None,
+        checked=False,
+        line="",
+        capture=None,
+        memo=None,
+        differentiated=False,
+        vmap_axes=(),
+        deferred=None,
     )
     shapes = tuple((x.shape, x.stride(), x.dtype, x.device) for x in xs)
     made_for = (shapes, its.wanted, *its.form, tuple(map(type, its.form.leaves)), env)

@@ -68,7 +68,7 @@ def add_gradients(
             return value, aux, [total + g.to(total.dtype) for total, g in zip(sums, grads, strict=True)]
         with torch.enable_grad():
             inputs = [leaf.detach().requires_grad_() for leaf in leaves]
-            out = within("forward", fn, *map(_AddInto.apply, inputs, sums))
+            out = within("forward", fn, *map(add_into, inputs, sums))
             _check_value(out, True)
             value, aux = out
         if value.requires_grad:
@@ -145,17 +145,24 @@ def _surroundings(leaves: list[Tensor]) -> tuple[Env, bool]:
     return env._replace(differentiated=env.differentiated or outside or not nested), nested
 
 
+def add_into(x: Tensor, total: Tensor) -> Tensor:
+    """`x`, whose cotangent is added to `total` as soon as it is there, and goes no further."""
+    return _AddInto.apply(x, total)
+
+
 class _AddInto(torch.autograd.Function):
     """The identity, whose cotangent is added to a tensor."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, total: Tensor) -> Tensor:  # type: ignore[override]
         ctx.total = total
+        ctx.set_materialize_grads(False)
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[None, None]:  # type: ignore[override]
-        ctx.total.add_(g)
+    def backward(ctx: Any, g: Tensor | None) -> tuple[None, None]:  # type: ignore[override]
+        if g is not None:  # what waits in `Env.deferred` does not come here
+            ctx.total.add_(g)
         return None, None
 
 

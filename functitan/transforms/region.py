@@ -127,6 +127,7 @@ def _pulled(region: Region, count: int, stored: int, wanted: tuple[int, ...], gi
         if nested or transforms_active():
             return torch.func.vjp(of_wanted, *ws)[1](tuple(gs))
         ws = [w.detach().requires_grad_() for w in ws]  # torch.func would keep the graph of the backward
+        _stand_in(ws, [xs[i] for i in wanted], region.env)
         with using(current()._replace(differentiated=True)):
             pairs = [(y, g) for y, g in zip(of_wanted(*ws), gs, strict=True) if y.requires_grad]
             return _grads(ws, pairs)
@@ -142,6 +143,12 @@ def _pulled(region: Region, count: int, stored: int, wanted: tuple[int, ...], gi
         return tuple(found[i] for i in known["places"])  # type: ignore[misc]
 
     return Region(run, replay, region.env, known, region.where, again=True)
+
+
+def _stand_in(new: Sequence[Tensor], old: Sequence[Tensor], env: Env) -> None:
+    """Weights whose gradients wait are known by their tensors, and these are others with all of their cotangents."""
+    if env.deferred is not None:
+        env.deferred.renamed(old, new)
 
 
 def _grads(inputs: list[Tensor], pairs: list[tuple[Tensor, Tensor]]) -> Sequence[Tensor | None]:
@@ -188,6 +195,7 @@ class _Region(torch.autograd.Function):
         env = region.env._replace(vmap_axes=(), differentiated=False, memo=None)
         with using(env), torch.enable_grad(), _marked(region):
             inputs = tuple(x.detach() for x in tensors)
+            _stand_in(inputs, tensors, env)
             if "choose" in region.known:
                 region.known["choose"](region, inputs)
             results = region.run(*inputs)

@@ -1,0 +1,75 @@
+"""One microbatch through one stage: forward, and backward whole or in two halves.
+
+Invariant: a pass keeps the graph of its backward and no result; gradients of weights are added up where they are made,
+now or, in a split backward, when `weight_half` runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from functitan.sharding.context import Env, using
+from functitan.sharding.deferred import Deferred
+from functitan.transforms.grad import add_into
+
+
+class Pass(NamedTuple):
+    """What the backward of one microbatch needs."""
+
+    ends: tuple[GradientEdge | None, ...]  # of the results; none of one without a gradient
+    inputs: tuple[Tensor | None, ...]  # none for one without a gradient
+    weights: tuple[Tensor, ...]
+    deferred: Deferred | None
+
+
+def forward(
+    fn: Callable[[list[Tensor], list[Tensor]], tuple[list[Tensor], Any]],
+    weights: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    env: Env,
+    split: bool,
+) -> tuple[list[Tensor], Any, Pass]:
+    """`fn(weights, inputs)` gives tensors and something beside; those, and the pass that its backward takes.
+
+    The gradients of the weights will be added to `sums`; with `split`, those of the weights of named products by
+    `weight_half`, others with the gradients of the inputs.
+    """
+    with torch.enable_grad():
+        leaves = tuple(x.detach().requires_grad_() for x in weights)
+        given = [x.detach().requires_grad_() if _has_gradient(x) else x for x in inputs]
+        used = [add_into(x, total) for x, total in zip(leaves, sums, strict=True)]
+        deferred = Deferred(used, lambda i, gradient: sums[i].add_(gradient)) if split else None
+        with using(env._replace(differentiated=True, deferred=deferred)):
+            results, beside = fn(used, given)
+        ends = tuple(get_gradient_edge(y) if y.requires_grad else None for y in results)
+    starts = tuple(x if _has_gradient(x) else None for x in given)
+    return [y.detach() for y in results], beside, Pass(ends, starts, leaves, deferred)
+
+
+def backward(its: Pass, cotangents: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The cotangents of the inputs; those of the weights are added up, or wait for `weight_half`."""
+    pairs = [(end, g) for end, g in zip(its.ends, cotangents, strict=True) if end is not None]
+    if not pairs:
+        return (None,) * len(its.inputs)
+    starts = [x for x in its.inputs if x is not None]
+    wanted = [*starts, *its.weights]
+    ends, gs = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(ends, wanted, gs, allow_unused=True)[: len(starts)] if wanted else ())
+    return tuple(None if x is None else next(found) for x in its.inputs)
+
+
+def weight_half(its: Pass) -> None:
+    """Work out the gradients that wait, and add them up."""
+    if its.deferred is not None:
+        with torch.no_grad():
+            its.deferred.run()
+
+
+def _has_gradient(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
