@@ -39,7 +39,7 @@ def problems(orders: Orders, stage_rank: StageRank, num_microbatches: int, buffe
         *_messages(orders, stage_rank),
         *(line for rank, order in enumerate(orders) for line in _gathers(rank, order)),
     ]
-    return found or list(_deadlock(orders, stage_rank, buffers))
+    return found or waiting(orders, stage_rank, buffers)
 
 
 def compute_problems(orders: Orders, stage_rank: StageRank, num_microbatches: int) -> list[str]:
@@ -50,7 +50,13 @@ def compute_problems(orders: Orders, stage_rank: StageRank, num_microbatches: in
 
 def waiting(orders: Orders, stage_rank: StageRank, buffers: int | None = None) -> list[str]:
     """Each rank that can't go on, its next action, and what that waits for; nothing if the schedule ends."""
-    return list(_deadlock(orders, stage_rank, buffers))
+    done = run(orders, stage_rank, lambda action: 1, buffers=buffers)
+    found = []
+    for rank, (action, missing) in done.stuck.items():
+        others = ", ".join(f"{need} of rank {stage_rank[need.stage]}" for need in missing)
+        where = f"rank {rank}, stage {action.stage}, action {len(done.times[rank])}"
+        found.append(f"{where}: {action} waits forever for {others}")
+    return found
 
 
 def _misplaced(orders: Orders, stage_rank: StageRank, num_microbatches: int) -> Iterator[str]:
@@ -170,11 +176,3 @@ def _gathers(rank: int, order: Order) -> Iterator[str]:
             yield f"rank {rank}, stage {stage}: REDUCE_GRAD is there {len(reduced)} times, and once is right"
         elif reduced[0] < last:
             yield f"rank {rank}, stage {stage}, action {reduced[0]}: REDUCE_GRAD stands before {order[last]}"
-
-
-def _deadlock(orders: Orders, stage_rank: StageRank, buffers: int | None) -> Iterator[str]:
-    stopped = run(orders, stage_rank, lambda action: 1, buffers=buffers)
-    for rank, (action, missing) in stopped.stuck.items():
-        place = len(stopped.times[rank])
-        others = ", ".join(f"{need} of rank {stage_rank[need.stage]}" for need in missing)
-        yield f"rank {rank}, stage {action.stage}, action {place}: {action} waits forever for {others}"
