@@ -220,6 +220,20 @@ def test_tiles_hold_each_seen_pair_once_and_no_hidden_one(data):
     assert count[seen].eq(1).all() and count.max() <= 1
 
 
+def test_of_nested_wrappers_the_inner_one_wins_in_what_it_is_given():
+    at = lambda: ft.iota("seq", "seq", seq=8)
+    attend = lambda q: ft.attention(f"{Q}, {Q}", q, q, q, causal=True)
+    inner = ft.context_parallel(lambda q: (at(), attend(q)), method="all_gather")
+    outer = ft.context_parallel(inner, method="ring", order="zigzag")
+
+    def rank(mesh):
+        with ft.record() as ledger:
+            places, _ = ft.spmd(outer, mesh=mesh, rules=RULES)(torch.ones(1, 4, 1, 2))
+        return places.tolist(), {entry.collective for entry in ledger}
+
+    assert ft.simulate(cp=2)(rank)() == [([0, 1, 6, 7], {"all_gather"}), ([2, 3, 4, 5], {"all_gather"})]
+
+
 CHOICES = {
     "keys are few: they travel": ((1, 2**18, 32, 8, 128), dict(cp=8), {"permute"}),
     "keys are as many as queries": ((1, 2**16, 16, 16, 64), dict(cp=8), {"all_to_all"}),
