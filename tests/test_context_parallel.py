@@ -121,7 +121,9 @@ def values(sizes, names, seed=0):
     )
     q, k, v, g = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
     segments = torch.randint(0, 2, (batch, length), generator=generator).cumsum(-1) // 3
-    positions = torch.arange(length) - torch.searchsorted(segments, segments)  # anew in each segment
+    positions = 2 * torch.arange(length).expand(batch, length)
+    if "segments" in names:
+        positions = torch.arange(length) - torch.searchsorted(segments, segments)  # anew in each segment
     return q, k, v, g, {name: dict(segments=segments, positions=positions)[name] for name in names}
 
 
