@@ -133,11 +133,19 @@ def test_a_second_derivative_gathers_keys_or_says_that_a_ring_has_none():
     assert_close(found, ft.hvp(loss, (q,), (q,)))
 
 
-def _on_gloo(method: str, captured: bool) -> list:
-    """Packed, zigzag; segments are an argument, so that a graph may hold them."""
+GLOO = [("ring", False), ("all_to_all", False), ("ring", True)]  # (method, captured)
+
+
+def _on_gloo() -> list:
     torch.set_num_threads(1)
-    mesh, patterns = ft.make_mesh(cp=2), (Q, KV, KV, Q, *["batch seq"] * (not captured))
+    mesh = ft.make_mesh(cp=2)
+    return [_attended(mesh, *way) for way in GLOO]
+
+
+def _attended(mesh, method: str, captured: bool) -> tuple:
+    """Zigzag, and packed in eager: gradients, and the collectives that were sent."""
     *tensors, marks = values(SIZES, [] if captured else ["segments"])
+    patterns = (Q, KV, KV, Q, *["batch seq"] * len(marks))
 
     def loss(q, k, v, g, *segments):
         out = ft.attention(PATTERN, q, k, v, segments=segments[0] if segments else None, causal=True)
@@ -149,13 +157,26 @@ def _on_gloo(method: str, captured: bool) -> list:
     with ft.record() as ledger:
         out = ft.spmd(step, mesh=mesh, rules=RULES)(*ft.shard(given, patterns, mesh=mesh, rules=RULES))
     out = ft.unshard(out, (Q, KV, KV), mesh=mesh, rules=RULES)
-    return [ft.zigzag(out, (Q, KV, KV), mesh=mesh, inverse=True), [e.collective for e in ledger]]
+    return ft.zigzag(out, (Q, KV, KV), mesh=mesh, inverse=True), [e.collective for e in ledger]
 
 
-@pytest.mark.parametrize(("method", "captured"), [("ring", False), ("all_to_all", False), ("ring", True)])
-def test_processes_have_the_gradients_of_one(method: str, captured: bool):
-    *tensors, marks = values(SIZES, [] if captured else ["segments"])
-    plain = expected(*tensors, OPTIONS | NOTHING | marks)[1:]
-    for found, sent in ft.launch(_on_gloo, method, captured, nprocs=2):
-        assert_close(tuple(found), tuple(plain))
-        assert sent.count("permute") == (3 if method == "ring" else 0)
+def test_processes_have_the_gradients_of_one():
+    for ways in ft.launch(_on_gloo, nprocs=2):
+        for (method, captured), (found, sent) in zip(GLOO, ways, strict=True):
+            *tensors, marks = values(SIZES, [] if captured else ["segments"])
+            assert_close(found, tuple(expected(*tensors, OPTIONS | NOTHING | marks)[1:]))
+            assert sent.count("permute") == (3 if method == "ring" else 0)
+
+
+def test_memory_of_a_rank_grows_with_its_part_of_the_sequence():
+    loss = lambda params, batch: llama.loss(params, batch, CONFIG, chunk=64, block=ft.remat(llama.block))[0]
+    step = ft.context_parallel(ft.value_and_grad(loss), method="ring", order="zigzag")
+
+    def peak(seq: int, cp: int) -> int:
+        batch = {name: torch.empty(1, seq, dtype=torch.int64, device="meta") for name in ("tokens", "labels")}
+        ledger = ft.explain(step, DECLARED, batch, mesh=dict(cp=cp), rules=llama.RULES, patterns=(None, "batch seq"))
+        assert ledger.peak_bytes is not None
+        return ledger.peak_bytes
+
+    assert peak(8192, 4) <= 1.02 * peak(4096, 2)  # less of the parameters, and two more messages on their way
+    assert 1.7 * peak(4096, 2) <= peak(8192, 2) <= 2 * peak(4096, 2)

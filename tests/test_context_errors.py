@@ -54,6 +54,10 @@ MASKS = [
     (branches, "called with tensors of indices it fails: RuntimeError: Boolean value of Tensor"),
     (forgets, "called twice with the same indices it gave different results"),
     (lambda b, h, q, kv: torch.rand(q.shape) < 0.5, "it draws random numbers"),
+    (
+        lambda b, h, q, kv: q >= kv if b[0, 0, 0, 0] == 0 else q < kv,
+        "it reads the value of a tensor, by .item() or an if",
+    ),
     (lambda b, h, q, kv: q - kv, "it gave a tensor of int64, where a tensor of bool is wanted"),
     (lambda b, h, q, kv: True, "it gave a bool, where a tensor of bool is wanted"),
     (lambda q, kv: q >= kv, "called with tensors of indices it fails: TypeError"),

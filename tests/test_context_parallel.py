@@ -121,7 +121,9 @@ def values(sizes, names, seed=0):
     )
     q, k, v, g = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
     segments = torch.randint(0, 2, (batch, length), generator=generator).cumsum(-1) // 3
-    positions = torch.arange(length) - torch.searchsorted(segments, segments)  # anew in each segment
+    positions = 2 * torch.arange(length).expand(batch, length)
+    if "segments" in names:
+        positions = torch.arange(length) - torch.searchsorted(segments, segments)  # anew in each segment
     return q, k, v, g, {name: dict(segments=segments, positions=positions)[name] for name in names}
 
 
@@ -218,6 +220,20 @@ def test_tiles_hold_each_seen_pair_once_and_no_hidden_one(data):
             assert torch.equal(there, torch.ones_like(there).tril() if t.kind == "causal" else torch.ones_like(there))
         count[t.begin : t.end, t.left : t.right] += 1
     assert count[seen].eq(1).all() and count.max() <= 1
+
+
+def test_of_nested_wrappers_the_inner_one_wins_in_what_it_is_given():
+    at = lambda: ft.iota("seq", "seq", seq=8)
+    attend = lambda q: ft.attention(f"{Q}, {Q}", q, q, q, causal=True)
+    inner = ft.context_parallel(lambda q: (at(), attend(q)), method="all_gather")
+    outer = ft.context_parallel(inner, method="ring", order="zigzag")
+
+    def rank(mesh):
+        with ft.record() as ledger:
+            places, _ = ft.spmd(outer, mesh=mesh, rules=RULES)(torch.ones(1, 4, 1, 2))
+        return places.tolist(), {entry.collective for entry in ledger}
+
+    assert ft.simulate(cp=2)(rank)() == [([0, 1, 6, 7], {"all_gather"}), ([2, 3, 4, 5], {"all_gather"})]
 
 
 CHOICES = {

@@ -61,6 +61,7 @@ def attention(
     Raises `PatternError`, also for a mask function that is visibly not pure, and `LayoutError` for a method that cannot
     run, and for positions that are not in the order of the tokens.
 
+    >>> import torch
     >>> q = k = v = torch.ones(1, 3, 2, 4)
     >>> attention("batch seq heads head_dim, batch seq kv_heads head_dim", q, k, v, causal=True).shape
     torch.Size([1, 3, 2, 4])

@@ -19,7 +19,7 @@ from functitan.sharding.context import as_mesh, current, using
 from functitan.sharding.layout import axes_of, check_rank
 from functitan.sharding.mesh import Mesh, check_dim
 from functitan.sharding.rules import Dims
-from functitan.sharding.sequence import METHODS, Sequence, check_zigzag, positions_of, runs
+from functitan.sharding.sequence import METHODS, check_zigzag, positions_of, runs
 
 ORDERS = ("contiguous", "zigzag")
 
@@ -28,7 +28,7 @@ def context_parallel(
     fn: Callable[..., Any],
     *,
     method: str | Mapping[str, str] | None = None,
-    order: str = "contiguous",
+    order: str | None = None,
     axis: str = "seq",
     dims: str | Dims = "cp",
 ) -> Callable[..., Any]:
@@ -43,7 +43,8 @@ def context_parallel(
     much again, and a ring twice: keys and values, and their gradients in the dtype that `ft.precision` reduces in.
 
     `order="zigzag"` says that along `axis` data lies as `ft.zigzag` puts it over the mesh dims `dims`, so that causal
-    work is equal on all ranks: `ft.iota`, rotary positions and attention then know which positions are where.
+    work is equal on all ranks: `ft.iota`, rotary positions and attention then know which positions are where. The
+    other order is "contiguous". Of nested wrappers the inner one wins, in what it is given.
 
     Raises `FunctitanError` here, and `LayoutError` where a fixed method cannot run.
 
@@ -58,20 +59,24 @@ def context_parallel(
     check_function(fn, "ft.context_parallel")
     over = (dims,) if isinstance(dims, str) else tuple(dims)
     each = dict(method) if isinstance(method, Mapping) else {}
-    given = list(each.values()) if isinstance(method, Mapping) else [] if method is None else [method]
-    problems = [f"method {name!r} is none{nearest(str(name), METHODS)}" for name in given if name not in METHODS]
-    problems += [] if order in ORDERS else [f"order {order!r} is none{nearest(str(order), ORDERS)}"]
+    names = list(each.values()) if isinstance(method, Mapping) else [] if method is None else [method]
+    problems = [f"method {name!r} is none{nearest(str(name), METHODS)}" for name in names if name not in METHODS]
+    problems += [] if order in (None, *ORDERS) else [f"order {order!r} is none{nearest(str(order), ORDERS)}"]
     if problems:
         raise FunctitanError(report("ft.context_parallel", problems, f"methods are {METHODS}, orders {ORDERS}"))
-    fixed = None if isinstance(method, Mapping) else method
-    value = Sequence(fixed, tuple(each.items()), axis, over if order == "zigzag" else ())
+    given: dict[str, Any] = {}
+    if method is not None:
+        one = None if isinstance(method, Mapping) else method
+        given |= dict(method=one, methods=tuple(each.items()))
+    if order is not None:
+        given |= dict(axis=axis, zigzag=over if order == "zigzag" else ())
 
     @functools.wraps(fn)
     def inside(*args: Any, **kwargs: Any) -> Any:
         env = current()
         if env.mesh is not None:
             _check_dims((*over, *each), env.mesh)
-        with using(env._replace(sequence=value)):
+        with using(env._replace(sequence=env.sequence._replace(**given))):
             return fn(*args, **kwargs)
 
     return inside

@@ -223,10 +223,13 @@ def _numbered(asked: Asked, layouts: _Layouts, q: Tensor, mesh: Mesh) -> Numbers
 
 
 def _check_positions(asked: Asked, env: Env) -> None:
-    """Positions in the contiguous order, where data lies zigzag, would be of other tokens: an error where readable."""
+    """Raise `LayoutError` for positions in the contiguous order where data lies zigzag, if they can be read.
+
+    Those that begin anew in each segment may be any.
+    """
     assert env.mesh is not None
     axes, given = asked.axes[:-2], asked.marks.positions
-    if given is None or env.sequence.ranks(axes[-1], env.mesh.sizes) == 1:
+    if given is None or asked.marks.segments is not None or env.sequence.ranks(axes[-1], env.mesh.sizes) == 1:
         return
     values, dims = peeled(given), layout_here(axes, given, env).of(axes[-1])
     if type(values) is not Tensor or values.device.type != "cpu" or env.mesh.transport.name == "explain":

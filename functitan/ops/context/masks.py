@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from functitan.errors import PatternError, report
 from functitan.ops.function import peeled
@@ -91,25 +92,37 @@ def check_rule(rule: Rule, label: Label, numbers: Numbers, rows: Runs, q: Tensor
     own = [x[:2, :2] for x in _of_function(numbers, q, _upright(at, 3), _upright(at, 2))]
     given = [x.clone() for x in own]
     real = type(peeled(given[2])) is Tensor
-    state = torch.random.get_rng_state() if real else None
     try:
-        results = [mask(*given) for _ in range(2)]
+        with _Watch() as watch:
+            results = [mask(*given) for _ in range(2)]
     except (RuntimeError, TypeError, IndexError) as error:
         text = (str(error).splitlines() or [""])[0]
         problems.append(f"called with tensors of indices it fails: {type(error).__name__}: {text}")
         raise PatternError(report(_what(label), problems, _FIX)) from error
     bad = [y for y in results if not isinstance(y, Tensor) or y.dtype != torch.bool]
     problems += [f"it gave {_described(bad[0])}, where a tensor of bool is wanted"] if bad else []
-    if state is not None:
-        if not all(map(torch.equal, own, given)):
-            problems.append("it writes into its indices")
-        if not torch.equal(state, torch.random.get_rng_state()):
-            torch.random.set_rng_state(state)
-            problems.append("it draws random numbers")
-        elif not bad and type(results[0]) is Tensor and not torch.equal(*results):
-            problems.append("called twice with the same indices it gave different results")
+    problems += sorted(watch.found)
+    if real and not all(map(torch.equal, own, given)):
+        problems.append("it writes into its indices")
+    if real and not problems and type(results[0]) is Tensor and not torch.equal(*results):
+        problems.append("called twice with the same indices it gave different results")
     if problems:
         raise PatternError(report(_what(label), problems, _FIX))
+
+
+class _Watch(TorchDispatchMode):
+    """What a mask function does besides elementwise work, on this thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.found.add("it draws random numbers")
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.found.add("it reads the value of a tensor, by .item() or an if")
+        return func(*args, **(kwargs or {}))
 
 
 def _of_function(numbers: Numbers, q: Tensor, at: Tensor, key_at: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
