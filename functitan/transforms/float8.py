@@ -59,7 +59,7 @@ def float8(
     >>> import functitan as ft
     >>> matmul = lambda x, w: ft.einsum("batch embed, embed mlp -> batch mlp", x, w)
     >>> float8(matmul, emulate=True)(torch.full((1, 2), 3.0), torch.full((2, 1), 0.5))
-    tensor([[3.]])
+    tensor([[3.0000]])
     >>> y, state = float8(matmul, recipe="delayed", emulate=True, history=2)(torch.ones(1, 2), torch.ones(2, 1), None)
     >>> state.operands
     tensor([[1., 0.],
