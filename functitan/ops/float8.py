@@ -130,11 +130,13 @@ def _arithmetic(its: _Einsum, roles: tuple[int, ...]) -> Arithmetic:
             x, dtype = tensors[place], _dtype(its, roles[place])
             if how is None:
                 values.append(x)
-            elif how.block is None:
-                values.append(Quantized(quantize(x, scale, dtype), scale, *how, its.dtype))
-            else:
+            elif how.block is not None:
                 _check_shard(x, how.block, label)
-                values.append(Quantized(*quantize_blocks(x, how.block, dtype), *how, its.dtype))
+                data, exponents = quantize_blocks(x, how.block, dtype)
+                values.append(Quantized(data, exponents, how.shared, how.block, its.dtype))
+            else:
+                assert scale is not None
+                values.append(Quantized(quantize(x, scale, dtype), scale, how.shared, None, its.dtype))
         return values
 
     def multiply(axes: Any, result: Any, values: tuple[Value, ...], new: Any) -> Tensor:

@@ -35,10 +35,10 @@ class Quantized(NamedTuple):
 
 def largest(x: Tensor, shared: tuple[int, ...]) -> Tensor:
     """The largest finite magnitude over some axes, which stay with size 1: float32."""
-    magnitudes = torch.where(x.isfinite(), x, 0).abs()
     if not x.numel():
         return x.new_zeros([1 if i in shared else n for i, n in enumerate(x.shape)], dtype=torch.float32)
-    return (magnitudes.amax(shared, keepdim=True) if shared else magnitudes).float()
+    magnitudes = torch.where(x.isfinite(), x, 0).abs()
+    return magnitudes.amax(shared, keepdim=True).float().clamp_max(torch.finfo(torch.float32).max)
 
 
 def scale_of(maxima: Tensor, dtype: torch.dtype) -> Tensor:

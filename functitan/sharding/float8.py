@@ -135,9 +135,9 @@ class Delayed:
         old = now.new_zeros(now.shape[0], length)
         if state is not None and state[which].shape[0]:
             old = state[which]
-        seen = torch.tensor([row in self.found[which] for row in range(now.shape[0])], dtype=torch.bool)
+        seen = [row in self.found[which] for row in range(now.shape[0])]
         rolled = torch.cat([now[:, None], old[:, :-1]], 1)
-        return rolled if all(seen) else torch.where(seen.to(old.device)[:, None], rolled, old)
+        return rolled if all(seen) else torch.where(torch.tensor(seen, device=old.device)[:, None], rolled, old)
 
 
 FIX_STATE = "a state belongs to one function: begin with None, and give the state that the last call gave"
