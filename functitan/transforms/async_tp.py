@@ -35,7 +35,7 @@ def async_tp(fn: Callable[..., Any], *, dims: str | Sequence[str] = "tp", pieces
     mesh lacks one of `dims`, and after a call in which nothing could be pipelined.
 
     >>> import functitan as ft
-    >>> rules = ft.AxisRules({"seq": "tp", "embed": None, "mlp": "tp"})
+    >>> rules = ft.AxisRules({"mlp": "tp", "seq": "tp", "embed": None})
     >>> up = ft.async_tp(lambda x, w: ft.einsum("seq embed, embed mlp -> seq mlp", x, w))
     >>> args = ft.Param("seq embed", (64, 8)), ft.Param("embed mlp", (8, 32))
     >>> ledger = ft.explain(up, *args, mesh=dict(tp=4), rules=rules)
