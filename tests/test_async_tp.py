@@ -170,7 +170,7 @@ OUT = "batch seq mlp, mlp embed -> batch embed"
 NOT_PIPELINED = {  # what runs beside a pipelined einsum, and what the ledger says of it
     "all_reduce": (lambda y, w: ft.einsum(OUT, y, w), "no part is wanted before the others"),
     "no matmul": (lambda y, w: ft.reduce("mlp embed -> embed", w), "it comes after no matmul"),
-    "a move": (lambda y, w: ft.constrain("mlp embed -> head embed", w), "it comes before no matmul"),
+    "a move": (lambda y, w: ft.constrain("mlp embed -> head embed", w), "it comes after no matmul"),
     "lookup": (
         lambda y, w: ft.take("line, mlp embed -> line embed", torch.zeros(1, dtype=torch.int64), w),
         "it comes after no matmul",
@@ -225,7 +225,7 @@ def test_a_function_with_nothing_to_pipeline_is_an_error_that_says_why():
     assert "rules.replace(seq='tp')" in lines[-1]
     with pytest.raises(ft.MeshError, match="runs over tp in its forward"):
         predicted(ft.async_tp(lambda params, x: x * 2), dict(tp=2))
-    merged = RULES.replace(batch=None, embed=None, seq=("fsdp", "tp"))
+    merged = RULES.replace(batch=None, embed=None, seq=("fsdp", "tp"), mlp=("fsdp", "tp"))
     with pytest.raises(ft.MeshError, match="is not pipelined: it is one message with fsdp: name them in dims= too"):
         predicted(ft.async_tp(mlp), dict(fsdp=2, tp=2), rules=merged)
 
