@@ -166,19 +166,13 @@ def _tuple(found):
     return found if isinstance(found, tuple) else (found,)
 
 
-OUT = "batch whole mlp, mlp embed -> batch embed"
-NOT_PIPELINED = {  # what runs beside a pipelined einsum, under which rules, and what the ledger says of it
-    "all_reduce": (lambda y, w: ft.einsum(OUT, y, w), RULES, "no part is wanted before the others"),
-    "no matmul": (lambda y, w: ft.reduce("mlp embed -> embed", w), RULES, "it comes after no matmul"),
-    "a move": (lambda y, w: ft.constrain("mlp embed -> head embed", w), RULES, "it comes before no matmul"),
-    "merged": (
-        lambda y, w: None,
-        RULES.replace(seq=("fsdp", "tp"), batch=None, embed=None),
-        "it is one message with fsdp: name them in dims= too",
-    ),
+OUT = "batch seq mlp, mlp embed -> batch embed"
+NOT_PIPELINED = {  # what runs beside a pipelined einsum, and what the ledger says of it
+    "all_reduce": (lambda y, w: ft.einsum(OUT, y, w), "no part is wanted before the others"),
+    "no matmul": (lambda y, w: ft.reduce("mlp embed -> embed", w), "it comes after no matmul"),
+    "a move": (lambda y, w: ft.constrain("mlp embed -> head embed", w), "it comes after no matmul"),
     "lookup": (
-        lambda y, w: ft.take("batch, mlp embed -> batch embed", torch.zeros(1, dtype=torch.int64), w),
-        RULES.replace(batch=None),
+        lambda y, w: ft.take("line, mlp embed -> line embed", torch.zeros(1, dtype=torch.int64), w),
         "it comes after no matmul",
     ),
 }
@@ -186,20 +180,15 @@ NOT_PIPELINED = {  # what runs beside a pipelined einsum, under which rules, and
 
 @pytest.mark.parametrize("name", NOT_PIPELINED)
 def test_explain_says_what_is_not_pipelined_and_why(name):
-    beside, rules, why = NOT_PIPELINED[name]
+    beside, why = NOT_PIPELINED[name]
 
     def fn(params, x):
-        line = ft.einsum("line embed, embed mlp -> line mlp", x[0], params["gate"])  # of any line is pipelined
-        wide = ft.constrain("batch seq embed -> batch whole embed", x)
-        gate = ft.einsum("batch whole embed, embed mlp -> batch whole mlp", wide, params["gate"])
-        if name == "merged":
-            ft.einsum(UP, x, params["gate"], params["up"])
-        return line, beside(gate, params["down"])
+        gate, _ = ft.einsum(UP, x, params["gate"], params["up"])
+        return beside(gate, params["down"])
 
-    rules = rules.replace(line="tp", whole=None)
-    notes = predicted(ft.async_tp(fn), dict(fsdp=2, tp=2), rules=rules).notes
+    notes = predicted(ft.async_tp(fn), dict(fsdp=2, tp=2), rules=RULES.replace(line=None)).notes
     found = [note for note in notes if note.startswith("async_tp: ") and note.endswith(why)]
-    assert found and all(" over " in note and " is not pipelined: " in note for note in found), notes
+    assert found and all(" over tp of " in note and " is not pipelined: " in note for note in found), notes
 
 
 def test_the_table_shows_what_is_hidden():
@@ -236,6 +225,9 @@ def test_a_function_with_nothing_to_pipeline_is_an_error_that_says_why():
     assert "rules.replace(seq='tp')" in lines[-1]
     with pytest.raises(ft.MeshError, match="runs over tp in its forward"):
         predicted(ft.async_tp(lambda params, x: x * 2), dict(tp=2))
+    merged = RULES.replace(batch=None, embed=None, seq=("fsdp", "tp"), mlp=("fsdp", "tp"))
+    with pytest.raises(ft.MeshError, match="is not pipelined: it is one message with fsdp: name them in dims= too"):
+        predicted(ft.async_tp(mlp), dict(fsdp=2, tp=2), rules=merged)
 
 
 @pytest.mark.parametrize(
@@ -253,3 +245,25 @@ def test_bad_options_are_errors(options, problem):
     assert problem in str(error.value)
     with pytest.raises(ft.FunctitanError, match="it wraps a function"):
         ft.async_tp(None)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp", "mxfp8"])
+def test_float8_multiplies_the_same_numbers(recipe):
+    """The parts that travel are quantized as the whole is; captured, on fsdp and tp, too."""
+    args, mesh = example(torch.float32, seq=128, embed=64, mlp=128), dict(fsdp=2, tp=2)
+    low = ft.float8(mlp, recipe=recipe, emulate=True)
+    value, grads = on_mesh(gradient(low), mesh, args)
+    found = on_mesh(gradient(ft.async_tp(low)), mesh, args)
+    assert torch.equal(found[0], value)  # the sums of two ranks have one order
+    for x, y in zip(*map(ft.tree.leaves, (found[1], grads)), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5 * y.abs().max().item())  # float32 in another order
+    assert {e.dtype for e in predicted(ft.async_tp(low), mesh, args) if e.hidden} >= {torch.uint8}
+
+
+def test_float8_on_fsdp_and_tp_is_captured():
+    args, mesh = example(torch.float32, seq=128, embed=64, mlp=128), dict(fsdp=2, tp=2)
+    fn = gradient(ft.async_tp(ft.float8(mlp, recipe="rowwise", emulate=True)))
+    eager, captured = on_mesh(fn, mesh, args), on_mesh(ft.jit(fn), mesh, args)
+    for x, y in zip(*map(ft.tree.leaves, (captured, eager)), strict=True):
+        # a captured tanh differs in its last bit, which moves a few numbers to the next of float8
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3 * y.abs().max().item())

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from functitan.axes import Axes
+from functitan.ops.arithmetic import Arithmetic, Value
 from functitan.ops.local import product
 from functitan.ops.ring import Ring, Work
 from functitan.sharding.steps import enter_fused, summed_in
@@ -36,11 +37,12 @@ class _Matrices(NamedTuple):
         return product((self.rows + self.columns,), axes, (y.unflatten(-1, sizes),))
 
 
-def fused_gather(ring: Ring, x: object, works: Sequence[tuple[int, Work]]) -> list[Tensor] | None:
+def fused_gather(ring: Ring, x: Value, works: Sequence[tuple[int, Work]], how: Arithmetic) -> list[Tensor] | None:
     """The products of a gathered operand with weights; `None` where one of them is another kind of product."""
     if not _runs(ring, x):
         return None
-    assert isinstance(x, Tensor) and ring.env.mesh is not None
+    assert ring.env.mesh is not None
+    x = how.arrive(x)
     found = [_matrices(work, place, ring.axis) for place, work in works]
     first = found[0]
     if first is None or any(its is None or its[:2] != first[:2] for its in found):

@@ -41,7 +41,7 @@ def after_gather(ring: Ring, x: Value, works: list[tuple[int, Work]], how: Arith
     It passes on what it has while it computes with it, so that after n - 1 messages all have met every part. Sums over
     the gathered axis are taken in float32 or better.
     """
-    if (fused := fused_gather(ring, how.arrive(x), works)) is not None:
+    if (fused := fused_gather(ring, x, works, how)) is not None:
         return fused
     (n, me), pieces = ring.place, ring.pieces
     first, other = works[0]

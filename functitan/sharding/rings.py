@@ -154,7 +154,7 @@ def _of_result(asked: _Asked, result: int, group: Group, place: int, streams: se
     """Why a step of a result is no ring, if it is none."""
     step, uses = group.steps[place], [_Use(result, item) for item in group.products]
     axes = asked.full.results[result].axes
-    if step.kind in ("all_reduce", "reduce_scatter") and not any(map(asked.is_matmul, uses)):
+    if not any(map(asked.is_matmul, uses)):
         return _NO_MATMUL_BEFORE
     if step.kind == "all_reduce":
         return f"the result {write_axes(axes)!r} is not sharded over it: no part is wanted before the others"

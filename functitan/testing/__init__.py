@@ -6,6 +6,7 @@ Two modules are imported by their own names: `testing.strategies` needs hypothes
 from functitan.testing.asserts import assert_max_traces, assert_tree_shapes, assert_trees_all_close
 from functitan.testing.divergence import Divergence, first_divergence
 from functitan.testing.invariant import assert_mesh_invariant
+from functitan.testing.link import slow_link
 from functitan.testing.sharded import sharded
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "assert_trees_all_close",
     "first_divergence",
     "sharded",
+    "slow_link",
 ]

@@ -24,7 +24,8 @@ def async_tp(fn: Callable[..., Any], *, dims: str | Sequence[str] = "tp", pieces
     the next one travels around the ring of ranks; all weights that share the gathered operand take each part as it
     comes. *Matmul, then reduce-scatter* computes the part of one rank while the sums for another travel. The bytes are
     the same. With transfers as long as their matmuls a pair of n ranks takes (1 + 1 / (n pieces)) / 2 of the plain time
-    at best: `pieces` cuts each message, where matmuls stay large enough. On CUDA, see `ops.symmetric`.
+    at best: `pieces` cuts each message, where matmuls stay large enough. On CUDA, a ring of one matmul is a fused op of
+    `torch.ops.symm_mem`; captured programs, float8 and sums of several products run the ring there, too.
 
     Values and gradients are those of `fn`; sums over ranks, and over a gathered axis, are taken in the order of the
     ring. Each message is a `permute` of the ledger with `hidden` set. What stays one message of its own (an all-reduce;
@@ -35,7 +36,7 @@ def async_tp(fn: Callable[..., Any], *, dims: str | Sequence[str] = "tp", pieces
     mesh lacks one of `dims`, and after a call in which nothing could be pipelined.
 
     >>> import functitan as ft
-    >>> rules = ft.AxisRules({"seq": "tp", "embed": None, "mlp": "tp"})
+    >>> rules = ft.AxisRules({"mlp": "tp", "seq": "tp", "embed": None})
     >>> up = ft.async_tp(lambda x, w: ft.einsum("seq embed, embed mlp -> seq mlp", x, w))
     >>> args = ft.Param("seq embed", (64, 8)), ft.Param("embed mlp", (8, 32))
     >>> ledger = ft.explain(up, *args, mesh=dict(tp=4), rules=rules)
