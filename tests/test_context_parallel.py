@@ -268,8 +268,8 @@ def test_the_next_block_travels_while_this_one_is_computed(monkeypatch):
 
     monkeypatch.setattr(blockwise, "tile", logged("tile", blockwise.tile))
     monkeypatch.setattr(blockwise, "tile_gradients", logged("gradients", blockwise.tile_gradients))
-    refuse = [None] * 6
-    mesh = Mesh(MeshSizes(("cp",), (3,)), (1,), Transport("logged", *refuse, start_permute=start_permute))
+    refuse = [None] * 4
+    mesh = Mesh(MeshSizes(("cp",), (3,)), (1,), Transport("logged", *refuse, start_permute, None))
     q = torch.randn(1, 4, 1, 2)
     attend = ft.context_parallel(lambda q: ft.attention(f"{Q}, {Q}", q, q, q).sum(), method="ring")
     ft.spmd(attend, mesh=mesh, rules=RULES)(q)

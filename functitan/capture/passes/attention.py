@@ -91,9 +91,11 @@ def _added(parts: list[Tensor]) -> Tensor:
 
 
 def _helps(node: Node) -> bool:
-    q, k = (x.meta["val"] for x in node.args[1:3])
-    plain = node.kwargs.get("attn_mask") is None and q.shape[2] == k.shape[2] and node.args[6] == 0
-    return plain and q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= _LONGEST and _instructions()
+    args: Any = node.args
+    q, k = args[1].meta["val"], args[2].meta["val"]
+    plain = node.kwargs.get("attn_mask") is None and q.shape[2] == k.shape[2] and args[6] == 0
+    short = q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= _LONGEST
+    return plain and short and _instructions()
 
 
 @cache
