@@ -43,7 +43,7 @@ OF_PASSES = CONFIG._replace(num_layers=2)  # which join and keep apart what bloc
 RULES = llama.RULES
 STORED = RULES.replace(embed=None, mlp=("fsdp", "tp"))  # of optimizer state: another table than the parameters'
 BATCH, SEQ, STEPS = 4, 8, 2
-MESHES = ["none", "fsdp=2", "fsdp=2,tp=2", "gloo:fsdp=2", "gloo:tp=2"]
+MESHES = ["none", "fsdp=2", "fsdp=2,tp=2", "fsdp=2,cp=2", "gloo:fsdp=2", "gloo:tp=2"]
 policies = ft.remat_policies
 
 
@@ -58,11 +58,15 @@ class Setup(NamedTuple):
     check: bool = False
     backend: str | None = None  # of ft.jit
     dtype: torch.dtype = torch.float64  # of the parameters
+    float8: bool = False
+    async_tp: bool = False
+    ring: bool = False  # of attention, where the sequence is sharded
 
     @property
     def baseline(self) -> Setup:
         """What it is held against."""
-        return Setup(compute=self.compute if self.compute == torch.bfloat16 else None, dtype=self.dtype)
+        compute = self.compute if self.compute == torch.bfloat16 else None
+        return Setup(compute=compute, dtype=self.dtype, float8=self.float8)
 
 
 def rematerialized(policy: Any) -> Callable[[Setup], Setup]:
@@ -81,6 +85,9 @@ WRAPPERS: dict[str, Callable[[Setup], Setup]] = {  # of a pair, the first is the
     "remat budget": rematerialized(policies.budget(4096)),
     "precision float32": with_(compute=torch.float32, dtype=torch.float32),
     "precision bfloat16": with_(compute=torch.bfloat16, dtype=torch.float32),
+    "float8": with_(float8=True),
+    "async_tp": with_(async_tp=True),
+    "ring": with_(ring=True),
     "accumulate 1": with_(accumulate=1),
     "accumulate 2": with_(accumulate=2),
     "nonfinite raise": with_(nonfinite="raise"),
@@ -95,6 +102,9 @@ WRAPPERS: dict[str, Callable[[Setup], Setup]] = {  # of a pair, the first is the
 
 # What may differ, and why. All else is equal bit for bit.
 SUMS = {
+    "float8": "held against float8 alone; products sum in float32, and what rounds to 4 bits elsewhere moves by a bit",
+    "async_tp": "sums over ranks, and over a gathered axis, are taken in the order of the ring",
+    "ring": "attention over blocks of keys, merged by their logsumexp",
     "accumulate 1": "gradients of a replica are added before they are reduced, and divided after",
     "accumulate 2": "gradients of microbatches are added: another order of summation",
     "optim.stored": "the norm that clips is summed over other shards",
@@ -104,9 +114,11 @@ SUMS = {
     "jit inductor": "fused kernels sum in another order; its cos and sin of rope's float32 angles round otherwise",
     "merge_reductions": "a sum over ranks of a sum, instead of a sum of sums over ranks",
 }
+NEEDS = {"async_tp": "tp", "ring": "cp"}  # the mesh dim that it is for
 INDUCTOR = "jit inductor", "compile inductor"
 EXACT = 1e-12  # float64
 CLOSE = 1e-6  # float32
+EIGHTH = 2**-3  # float8 has 3 or 4 bits, and a microbatch, or a norm over other shards, has other scales
 ROUNDED = 2**-5  # bfloat16 has 8 bits: what is rounded at another place differs by some of its last
 
 
@@ -142,6 +154,9 @@ def declared(dtype: torch.dtype, config: llama.LlamaConfig = CONFIG) -> ft.tree.
 
 def loss_of(setup: Setup) -> Callable[..., Any]:
     loss = lambda params, batch, key: llama.loss(params, batch, CONFIG, block=setup.block)
+    loss = ft.float8(loss, emulate=True) if setup.float8 else loss
+    loss = ft.async_tp(loss) if setup.async_tp else loss
+    loss = ft.context_parallel(loss, method="ring") if setup.ring else loss
     return loss if setup.compute is None else ft.precision(loss, compute=setup.compute)
 
 
@@ -202,6 +217,8 @@ def setups(names: tuple[str, ...]) -> Setup | None:
 def limit_of(names: tuple[str, ...]) -> float:
     if not any(name in SUMS for name in names):
         return 0.0
+    if "float8" in names and len(names) > 1:
+        return EIGHTH
     if "precision bfloat16" in names:
         return ROUNDED
     return CLOSE if {"precision float32", "jit inductor", "compile inductor"} & {*names} else EXACT
@@ -210,10 +227,12 @@ def limit_of(names: tuple[str, ...]) -> float:
 def wrappers(mesh: Any, names: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], Cell]:
     """A cell for each combination of wrappers, on one rank."""
     plain = cache(lambda baseline: run(baseline, mesh))
+    shape = {} if mesh is None else ft.as_mesh(mesh).shape
+    there = lambda name: name not in NEEDS or NEEDS[name] in shape
     cells = {}
     for combination in names:
         setup = setups(combination)
-        if setup is not None:
+        if setup is not None and all(map(there, combination)):
             gaps = map(difference, run(setup, mesh), plain(setup.baseline))
             cells[combination] = Cell(*gaps, limit_of(combination))
     return cells
@@ -358,7 +377,7 @@ def legend() -> str:
     lines = [f"- {name}: {why}" for name, why in SUMS.items()]
     return (
         f"May differ, by {EXACT:g} at most in float64, by {CLOSE:g} in float32 and under Inductor, and by "
-        f"{ROUNDED:g} in bfloat16, where another order of summation rounds to 8 bits at another place; all "
+        f"{ROUNDED:g} in bfloat16 and {EIGHTH:g} in float8, where another order of summation rounds at another place; all "
         "else must be equal bit for bit:\n\n" + "\n".join(lines)
     )
 
@@ -366,7 +385,7 @@ def legend() -> str:
 def sizes() -> str:
     return (
         f"torch {torch.__version__}; batch {BATCH}, seq {SEQ}, {STEPS} steps, {CONFIG}, and "
-        f"{OF_PASSES.num_layers} layers where passes are shown. An empty cell is a pair of which one undoes the other, "
+        f"{OF_PASSES.num_layers} layers where passes are shown. An empty cell is a pair of which one undoes the other, or is for another mesh, "
         "or of Inductor, which is shown alone (virtual meshes run captured graphs without it)."
     )
 
