@@ -144,7 +144,7 @@ def halves(monkeypatch, wrap=lambda fn: fn, microbatches: int = 1):
             self.into = into
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm_.default):
                 self.into.append((tuple(args[0].shape), tuple(args[1].shape)))
             return func(*args, **(kwargs or {}))
 
@@ -223,7 +223,7 @@ def test_the_bubble_on_a_virtual_clock_is_the_predicted_one(name, monkeypatch):
 
         return timed
 
-    whole = lambda args: COSTS["input"] + (COSTS["weight"] if args[0].deferred is None else 0)
+    whole = lambda args: COSTS["input"] + COSTS["weight"] * (not args[0].deferred._waits)
     monkeypatch.setattr(gradients, "forward", spends(gradients.forward, lambda args: COSTS["forward"]))
     monkeypatch.setattr(gradients, "backward", spends(gradients.backward, whole))
     monkeypatch.setattr(gradients, "weight_half", spends(gradients.weight_half, lambda args: COSTS["weight"]))

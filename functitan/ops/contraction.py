@@ -6,7 +6,7 @@ gathered.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from functitan.ops.function import Call, Hidden, Hiddens, Op, apply, hidden_axes, hide
-from functitan.ops.local import maximum, product
+from functitan.ops.local import add_product, maximum, product
 from functitan.ops.types import Type, check_cotangents, resolve
 from functitan.sharding.choice import FREE, Fixed
 from functitan.sharding.context import Env
@@ -103,7 +103,8 @@ def lift(own: Type, x: Tensor, hidden: Hiddens, env: Env, label: Label) -> Tenso
     ]
 
 
-def _run(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+def _run(call: Call, *tensors: Tensor, totals: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
+    """The results; added to `totals`, if there are any, which a product that stays here does by itself."""
     static: Static = call.static
     moved: dict[int, Tensor] = {}
 
@@ -117,7 +118,14 @@ def _run(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         return moved[index]
 
     results: list[Tensor] = []
-    for groups, layout, dtype in zip(static.plan.results, static.full.results, static.made, strict=True):
+    for r, (groups, layout, dtype) in enumerate(
+        zip(static.plan.results, static.full.results, static.made, strict=True)
+    ):
+        if totals and len(groups) == 1 and not groups[0].steps and len(groups[0].products) == 1:
+            (item,) = groups[0].products
+            axes = tuple(static.full.operands[static.plan.moved[i][0]].axes for i in item.moved)
+            if add_product(totals[r], axes, layout.axes, tuple(operand(i) for i in item.moved)):
+                continue
         total: Tensor | None = None
         for group in groups:
             part: Tensor | None = None
@@ -133,7 +141,7 @@ def _run(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
             part = settle(part, part.dtype, dtype or part.dtype, group.steps, call.env, static.label, static.reduction)
             total = part if total is None else total + part
         assert total is not None
-        results.append(total)
+        results.append(totals[r].add_(total) if totals else total)
     return tuple(results)
 
 
@@ -143,19 +151,21 @@ def _vjp(call: Call, tensors: tuple[Tensor, ...], _: Any, grads: tuple[Tensor | 
     numbers = {i: None if deferred is None or not tensors else deferred.number(tensors[i]) for i in wanted}
     now = tuple(i for i in wanted if numbers[i] is None)
     if deferred is not None and (waiting := tuple(i for i in wanted if numbers[i] is not None)):
-        places, product = _transposed(call, tensors, grads, waiting)
+        places, typed, inputs, options = _transposed(call, tensors, grads, waiting)
+        product = partial(_add_contracted, typed, inputs, call.transposed(), call.static.label, **options)
         deferred.put(tuple(numbers[i] for i in places), product)  # type: ignore[misc]
     if not now:
         return (None,) * len(wanted)
-    places, product = _transposed(call, tensors, grads, now)
-    found = dict(zip(places, product(), strict=True))
+    places, typed, inputs, options = _transposed(call, tensors, grads, now)
+    outs = contract(typed, inputs, call.transposed(), call.static.label, **options)
+    found = dict(zip(places, outs, strict=True))
     return tuple(found.get(i) for i in wanted)
 
 
 def _transposed(
     call: Call, tensors: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], wanted: tuple[int, ...]
-) -> tuple[list[int], Callable[[], tuple[Tensor, ...]]]:
-    """Those of the operands `wanted` that have a cotangent, and what works it out, which keeps what it uses."""
+) -> tuple[list[int], Contraction, tuple[Tensor, ...], dict[str, Any]]:
+    """Those of the operands `wanted` that have a cotangent, and the contraction that gives them, of what it uses."""
     static: Static = call.static
     given = tuple(i for i, g in enumerate(grads) if g is not None)
     typed = cotangents(static.typed._replace(sizes=static.full.sizes), wanted, given)
@@ -173,7 +183,27 @@ def _transposed(
     )
     made = tuple(static.dtypes[i] for i in places)
     options = dict(fixed=static.fixed, compute=static.compute, made=made)
-    return places, partial(contract, typed, inputs, call.transposed(), static.label, **options)
+    return places, typed, inputs, options
+
+
+def _add_contracted(
+    typed: Contraction,
+    tensors: tuple[Tensor, ...],
+    env: Env,
+    label: Label,
+    totals: Sequence[Tensor],
+    *,
+    fixed: Fixed,
+    compute: torch.dtype | None,
+    made: Dtypes,
+) -> None:
+    """Add the results of a contraction of plain tensors, which nothing differentiates, to these totals."""
+    assert env.mesh is not None
+    full, hidden = resolve(typed, tensors, env, label)
+    dtypes = tuple(x.dtype for x in tensors)
+    static = Static(typed, full, plan(full, env.mesh.sizes, fixed), label, "sum", fixed, dtypes, compute, made)
+    with torch.no_grad(), env.span(*label):
+        _run(Call(_PRODUCT, env, static, *hidden), *tensors, totals=totals)
 
 
 def _jvp(call: Call, tensors: tuple[Tensor, ...], _: Any, given: tuple[Tensor | None, ...]):

@@ -94,8 +94,9 @@ def value_and_grad(
         if edges is None:
             edges = known[kind] = edges_of(stages, part, key, one, WHERE)
         own = dict(zip(tree.paths(params), tree.leaves(params), strict=True))
+        split = {(action.stage, action.microbatch) for action in schedule.actions[place] if action.kind == "I"}
         step = _Step(
-            parts, schedule, place, own, batch, key, scale, first, size, dims, dtype, env, one, edges,
+            parts, schedule, place, own, batch, key, scale, split, first, size, dims, dtype, env, one, edges,
             {}, {}, {}, {}, {}, {}, {}, [], [],
         )  # fmt: skip
         with torch.no_grad():
@@ -135,6 +136,7 @@ class _Step(NamedTuple):
     batch: Any
     key: Tensor | None
     scale: Tensor | None
+    split: set[tuple[int, int]]  # stages and microbatches whose backward has two halves
     first: int  # the number of this replica's first microbatch
     size: int
     dims: Dims
@@ -193,7 +195,7 @@ def _forward(step: _Step, stage: int, microbatch: int) -> None:
         return [total if step.scale is None else total * step.scale], counted
 
     inputs = _taken(step, ("F", stage, microbatch)) if stage else []
-    split = ("I", stage, microbatch) in step.schedule.actions[step.place]
+    split = (stage, microbatch) in step.split
     results, beside, its = forward(run, weights, step.totals[stage], inputs, step.one, split)
     step.passes[stage, microbatch] = its
     if stage < step.last:
