@@ -33,6 +33,8 @@ def torch_schedule(name: str, num_stages: int, num_microbatches: int, num_ranks:
 def torch_orders(name: str, num_stages: int, num_microbatches: int, num_ranks: int) -> list[list[tuple]]:
     """Each rank's compute actions `(kind, stage, microbatch)`; an overlapped pair one after the other."""
     if name in ("gpipe", "1f1b"):
+        if num_stages != num_ranks:
+            raise ValueError("torch has one stage on each rank")
         return [_executed(name, num_microbatches, num_ranks, rank) for rank in range(num_ranks)]
     order = torch_schedule(name, num_stages, num_microbatches, num_ranks).pipeline_order
     return [
@@ -48,7 +50,7 @@ def torch_orders(name: str, num_stages: int, num_microbatches: int, num_ranks: i
 
 
 def _executed(name: str, num_microbatches: int, num_ranks: int, rank: int) -> list[tuple]:
-    """What torch's loop does with a stage that only notes its calls: the order it prints for 1F1B is not what it runs."""
+    """What torch's loop does with a stage that only notes its calls: what it prints for 1F1B is not what it runs."""
     calls: list[tuple] = []
     stage = MagicMock(num_stages=num_ranks, group_size=num_ranks, group_rank=rank, stage_index=rank, is_last=False)
     stage.forward_one_chunk.side_effect = lambda m, *args, **options: calls.append(("F", rank, m))

@@ -19,10 +19,10 @@ KINDS = (*COMPUTE, *SENDS, *RECEIVES, *GATHERS)
 class Action(NamedTuple):
     """One thing a rank does. It equals the plain tuple `(kind, stage, microbatch)`.
 
-    `F` forward; `B` whole backward, or `I` input gradient and later `W` weight gradient. `SEND_F` sends the stage's output
-    to the next stage, `RECV_F` posts the receive of the stage's input; `SEND_B` sends the cotangent of its input to the
-    stage before, `RECV_B` posts the receive of its output's cotangent. `UNSHARD` gathers the stage's parameters over
-    fsdp, `RESHARD` frees what was gathered, `REDUCE_GRAD` reduces its gradients: their microbatch is -1.
+    `F` forward; `B` whole backward, or `I` input gradient and later `W` weight gradient. `SEND_F` sends the stage's
+    output to the next stage, `RECV_F` posts the receive of the stage's input; `SEND_B` sends the cotangent of its input
+    to the stage before, `RECV_B` posts the receive of its output's cotangent. `UNSHARD` gathers the stage's parameters
+    over fsdp, `RESHARD` frees what was gathered, `REDUCE_GRAD` reduces its gradients: their microbatch is -1.
 
     >>> str(Action("SEND_F", 0, 3)), str(Action("UNSHARD", 1, -1))
     ('0SEND_F3', '1UNSHARD')

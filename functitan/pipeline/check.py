@@ -39,7 +39,7 @@ def problems(orders: Orders, stage_rank: StageRank, num_microbatches: int, buffe
         *_messages(orders, stage_rank),
         *(line for rank, order in enumerate(orders) for line in _gathers(rank, order)),
     ]
-    return found or list(_deadlock(orders, stage_rank, buffers))
+    return found or waiting(orders, stage_rank, buffers)
 
 
 def compute_problems(orders: Orders, stage_rank: StageRank, num_microbatches: int) -> list[str]:
@@ -50,7 +50,13 @@ def compute_problems(orders: Orders, stage_rank: StageRank, num_microbatches: in
 
 def waiting(orders: Orders, stage_rank: StageRank, buffers: int | None = None) -> list[str]:
     """Each rank that can't go on, its next action, and what that waits for; nothing if the schedule ends."""
-    return list(_deadlock(orders, stage_rank, buffers))
+    done = run(orders, stage_rank, lambda action: 1, buffers=buffers)
+    found = []
+    for rank, (action, missing) in done.stuck.items():
+        others = ", ".join(f"{need} of rank {stage_rank[need.stage]}" for need in missing)
+        where = f"rank {rank}, stage {action.stage}, action {len(done.times[rank])}"
+        found.append(f"{where}: {action} waits forever for {others}")
+    return found
 
 
 def _misplaced(orders: Orders, stage_rank: StageRank, num_microbatches: int) -> Iterator[str]:
@@ -80,15 +86,16 @@ def _counts(orders: Orders, stage_rank: StageRank, num_microbatches: int) -> Ite
             for done in done_by(action)
         )
         for m in range(num_microbatches):
-            f, b, i, w = (counts[kind, m] for kind in "FBIW")
-            if not (i or w or b):
+            f, b, i, w = (counts[kind, m] for kind in "FBIW")  # b is in i and w too
+            if not (b or i or w):
                 yield f"{where}: B of microbatch {m}, or I and W, is missing"
-            for kind, count in (("F", f), ("I", i), ("W", w)):
-                if count == 0 and (kind == "F" or i or w):
+            for kind, count in (("F", f), ("B", b), ("I", i - b), ("W", w - b)):
+                if count > 1:
+                    yield f"{where}: {kind} of microbatch {m} is there {count} times"
+                elif count and b and kind in "IW":
+                    yield f"{where}: {kind} of microbatch {m} is there beside B, which is I and W"
+                elif not count and (kind == "F" or (kind in "IW" and not b and (i or w))):
                     yield f"{where}: {kind} of microbatch {m} is missing"
-                elif count > 1 and not (kind == "I" and b > 1):
-                    also = " (B is I and W)" if b and kind != "F" else ""
-                    yield f"{where}: {kind} of microbatch {m} is there {count} times{also}"
 
 
 def _disorder(orders: Orders, stage_rank: StageRank) -> Iterator[str]:
@@ -99,15 +106,16 @@ def _disorder(orders: Orders, stage_rank: StageRank) -> Iterator[str]:
         for i, action in enumerate(order):
             for need in before(action, stage_rank):
                 if action.kind not in RECEIVES and need in whole - seen:
-                    yield f"rank {rank}, stage {action.stage}, action {i}: {action} stands before {need}, which it needs"
+                    where = f"rank {rank}, stage {action.stage}, action {i}"
+                    yield f"{where}: {action} stands before {need}, which it needs"
             seen.update(done_by(action))
 
 
 def _messages(orders: Orders, stage_rank: StageRank) -> Iterator[str]:
     """Sends and receives: one of each where the next stage is on another rank, and in the same order at both ends."""
     for rank, order in enumerate(orders):
-        needed = Counter(need for a in order for need in before(a, stage_rank) if need.kind in RECEIVES)
-        needed += Counter(filter(None, (send_after(a, stage_rank) for a in order)))
+        needed = Counter({need for a in order for need in before(a, stage_rank) if need.kind in RECEIVES})
+        needed.update({send for a in order if (send := send_after(a, stage_rank))})
         there = Counter(a for a in order if a.kind in SENDS + RECEIVES)
         for action in sorted((needed - there).keys() | (there - needed).keys(), key=lambda a: a[1:]):
             where = f"rank {rank}, stage {action.stage}"
@@ -168,11 +176,3 @@ def _gathers(rank: int, order: Order) -> Iterator[str]:
             yield f"rank {rank}, stage {stage}: REDUCE_GRAD is there {len(reduced)} times, and once is right"
         elif reduced[0] < last:
             yield f"rank {rank}, stage {stage}, action {reduced[0]}: REDUCE_GRAD stands before {order[last]}"
-
-
-def _deadlock(orders: Orders, stage_rank: StageRank, buffers: int | None) -> Iterator[str]:
-    stopped = run(orders, stage_rank, lambda action: 1, buffers=buffers)
-    for rank, (action, missing) in stopped.stuck.items():
-        place = len(stopped.times[rank])
-        others = ", ".join(f"{need} of rank {stage_rank[need.stage]}" for need in missing)
-        yield f"rank {rank}, stage {action.stage}, action {place}: {action} waits forever for {others}"

@@ -50,8 +50,8 @@ def run(
 ) -> Run:
     """Let each rank do its actions in order, with `cost` the time of a compute action and `latency` that of a message.
 
-    A receive starts where it is posted and ends when its message is there. `buffers` is how many messages from one rank to
-    another may be under way without a posted receive (None: any number); a send beyond that waits.
+    A receive starts where it is posted and ends when its message is there. `buffers` is how many messages from one
+    rank to another may be under way without a posted receive (None: any number); a send beyond that waits.
     """
     times: list[list[tuple[float, float]]] = [[] for _ in orders]
     clock = [0.0] * len(orders)
@@ -110,7 +110,7 @@ def costs(forward: Cost, input: Cost, weight: Cost, num_stages: int) -> Callable
     return lambda action: table[action.kind][action.stage]
 
 
-def compute_spans(orders: Orders, times: Sequence[Times]) -> Iterator[tuple[int, Action, float, float]]:
+def compute_spans(orders: Sequence[Order], times: Sequence[Times]) -> Iterator[tuple[int, Action, float, float]]:
     """(rank, action, start, end) of each compute action, rank by rank."""
     for rank, (order, row) in enumerate(zip(orders, times, strict=True)):
         for action, (start, end) in zip(order, row, strict=True):
@@ -128,7 +128,8 @@ def makespan(orders: Orders, times: Sequence[Times]) -> tuple[float, float]:
 def bubble(orders: Orders, times: Sequence[Times]) -> float:
     """The share of the ranks' time in which they do not compute, from the first start to the last end."""
     total = makespan(orders, times)[1] * len(orders)
-    return 1 - sum(end - start for *_, start, end in compute_spans(orders, times)) / total if total else 0.0
+    busy = sum(end - start for *_, start, end in compute_spans(orders, times))
+    return (total - busy) / total if total else 0.0
 
 
 def peak(order: Order, kept: float = 1) -> float:

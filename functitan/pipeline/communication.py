@@ -14,6 +14,7 @@ from functitan.pipeline.actions import (
     ALL,
     BACKWARD,
     RECEIVES,
+    SENDS,
     WEIGHT,
     Action,
     Order,
@@ -24,7 +25,7 @@ from functitan.pipeline.actions import (
     peer,
     send_after,
 )
-from functitan.pipeline.clock import run
+from functitan.pipeline.clock import costs, run
 
 
 def place(orders: Orders, stage_rank: StageRank, max_unsharded: int | None = None) -> Orders:
@@ -36,13 +37,13 @@ def place(orders: Orders, stage_rank: StageRank, max_unsharded: int | None = Non
     use and freed after its last, `max_unsharded` stages at a time (None: all); its gradients are reduced when whole.
     """
     plain = tuple(with_messages(order, stage_rank) for order in orders)
-    times = run(plain, stage_rank, lambda action: 1).times
+    times = run(plain, stage_rank, costs(1, 1, 1, len(stage_rank))).times
     moments = {action: time for row in zip(plain, times, strict=True) for action, time in zip(*row, strict=True)}
-    return tuple(_place(order, moments, stage_rank, max_unsharded) for order in orders)
+    return tuple(with_gathers(_posted_early(order, moments, stage_rank), max_unsharded) for order in orders)
 
 
 def with_messages(order: Order, stage_rank: StageRank) -> Order:
-    """A compute order with each receive right before the action that takes it, and each send right after the one that makes it."""
+    """A compute order with each receive right before the action that takes it, each send right after what makes it."""
     found: list[Action] = []
     for action in order:
         found += [need for need in before(action, stage_rank) if need.kind in RECEIVES]
@@ -51,24 +52,27 @@ def with_messages(order: Order, stage_rank: StageRank) -> Order:
 
 
 def with_gathers(order: Order, max_unsharded: int | None) -> Order:
-    """The order of a rank with UNSHARD, RESHARD and REDUCE_GRAD beside its compute actions."""
+    """A rank's order with UNSHARD before what it computes, and RESHARD and REDUCE_GRAD after it and its send."""
     gathers = iter(_gathers([action for action in order if is_compute(action)], max_unsharded))
     found: list[Action] = []
+    after: list[Action] = []
     for action in order:
-        beside = next(gathers) if is_compute(action) else _Gathers([], [])
-        found += [*beside.before, action, *beside.after]
-    return tuple(found)
+        if action.kind not in SENDS:
+            found, after = found + after, []
+        if is_compute(action):
+            gather = next(gathers)
+            found += gather.before
+            after = gather.after
+        found.append(action)
+    return tuple(found + after)
 
 
-def _place(
-    order: Order, moments: dict[Action, tuple[float, float]], stage_rank: StageRank, max_unsharded: int | None
-) -> Order:
+def _posted_early(order: Order, moments: dict[Action, tuple[float, float]], stage_rank: StageRank) -> Order:
     receives = _receives(order, moments, stage_rank)
-    gathers = _gathers(order, max_unsharded)
     found: list[Action] = []
     for i, action in enumerate(order):
         found += [receive for place, receive in receives if place == i]
-        found += [*gathers[i].before, *filter(None, [action, send_after(action, stage_rank)]), *gathers[i].after]
+        found += filter(None, [action, send_after(action, stage_rank)])
     return tuple(found)
 
 
@@ -78,7 +82,7 @@ def _receives(
     """The receives of one rank in the order of their messages, each with the index of the action to stand before."""
     takes = [(i, need) for i, action in enumerate(order) for need in before(action, stage_rank)]
     ends = [moments[action][1] for action in order]
-    receives = []
+    receives: list[tuple[float, int, Action]] = []  # the moment of its message, its place, the receive
     for i, need in takes:
         if need.kind in RECEIVES:
             sent = moments[peer(need)][0]
@@ -88,7 +92,7 @@ def _receives(
     found = []
     for _, place, need in sorted(receives, reverse=True):
         source = stage_rank[peer(need).stage]
-        latest[source] = min(place, latest.get(source, place))
+        latest[source] = min(place, latest[source]) if source in latest else place
         found.append((latest[source], need))
     return found[::-1]
 

@@ -24,7 +24,7 @@ class _Kind(NamedTuple):
 
 
 NAMES = {
-    "gpipe": _Kind(orders.gpipe, 1),
+    "gpipe": _Kind(orders.gpipe),
     "1f1b": _Kind(orders.one_f_one_b, 1),
     "interleaved_1f1b": _Kind(orders.interleaved, whole_rounds=True),
     "flexible_interleaved_1f1b": _Kind(orders.interleaved),
@@ -42,14 +42,14 @@ def schedule(
     """The schedule of this name: `gpipe`, `1f1b`, `interleaved_1f1b`, `flexible_interleaved_1f1b`, `looped_bfs`,
     `zero_bubble_h1`, `interleaved_zero_bubble`, `zbv` or `dualpipev`.
 
-    Stage s lives on rank s % num_ranks; those of zbv and dualpipev go down the ranks and up again. gpipe, 1f1b and
+    Stage s lives on rank s % num_ranks; those of zbv and dualpipev go down the ranks and up again. 1f1b and
     zero_bubble_h1 have one stage on each rank, zbv and dualpipev two, the others any number; interleaved_1f1b wants a
-    multiple of num_ranks microbatches. A stage's parameters are gathered over fsdp once in a step, or where memory is short
-    only `max_unsharded` stages of a rank are gathered at a time.
+    multiple of num_ranks microbatches. A stage's parameters are gathered over fsdp once in a step, or where memory is
+    short only `max_unsharded` stages of a rank are gathered at a time. Raises `ScheduleError` for other sizes.
 
     >>> s = schedule("interleaved_1f1b", num_stages=4, num_microbatches=4, num_ranks=2)
-    >>> s.stage_rank, s.bubble_fraction()
-    ((0, 1, 0, 1), 0.1111111111111111)
+    >>> s.stage_rank, round(s.bubble_fraction(), 3)
+    ((0, 1, 0, 1), 0.111)
     """
     problems = _problems(name, num_stages, num_microbatches, num_ranks, max_unsharded)
     if problems:
@@ -92,4 +92,4 @@ def _problems(
     return found
 
 
-_FIX = "num_stages is the number of ranks, or a multiple of it; interleaved kinds, zbv and dualpipev have several on a rank"
+_FIX = "num_stages is num_ranks for 1f1b and zero_bubble_h1, twice that for zbv and dualpipev, else a multiple of it"

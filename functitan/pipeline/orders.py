@@ -6,15 +6,15 @@ Invariant: an order is what a rank computes; where it communicates is placed lat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, pairwise
 
 from functitan.pipeline.actions import Action, Order
 
 
 def gpipe(rank: int, stages: Sequence[int], num_ranks: int, num_microbatches: int) -> Order:
     """All forwards, then all backwards (Huang et al., GPipe, 2019)."""
-    (stage,) = stages
-    return tuple(Action(kind, stage, m) for kind in "FB" for m in range(num_microbatches))
+    forwards = [Action("F", stage, m) for stage in stages for m in range(num_microbatches)]
+    return (*forwards, *(Action("B", stage, m) for stage in reversed(stages) for m in range(num_microbatches)))
 
 
 def looped_bfs(rank: int, stages: Sequence[int], num_ranks: int, num_microbatches: int) -> Order:
@@ -30,7 +30,7 @@ def one_f_one_b(rank: int, stages: Sequence[int], num_ranks: int, num_microbatch
 
 
 def interleaved(rank: int, stages: Sequence[int], num_ranks: int, num_microbatches: int) -> Order:
-    """1F1B in rounds of microbatches that pass all the rank's stages (Narayanan et al., Megatron-LM, 2021, section 2.2).
+    """1F1B in rounds of microbatches that pass all the rank's stages (Narayanan et al., Megatron-LM, 2021).
 
     A round has one microbatch for each rank, or as many more as make all rounds alike; the larger rounds come first, so
     any number of microbatches will do.
@@ -43,7 +43,7 @@ def interleaved(rank: int, stages: Sequence[int], num_ranks: int, num_microbatch
 def zero_bubble(rank: int, stages: Sequence[int], num_ranks: int, num_microbatches: int) -> Order:
     """Interleaved 1F1B whose weight gradients fill the bubbles; ZB-H1 for one stage a rank (Qi et al., 2023).
 
-    Rank r puts each weight gradient r input gradients later, so that all ranks hold as many activations as 1F1B's first.
+    Rank r puts each weight gradient r input gradients later, so all ranks hold as many activations as 1F1B's first.
     """
     forwards, inputs = _by_rounds(stages, num_ranks, num_microbatches, "I")
     first_round = (len(stages) - 1) * len(_rounds(num_ranks, num_microbatches)[0])
@@ -77,7 +77,7 @@ def _rounds(num_ranks: int, num_microbatches: int) -> list[range]:
     size, larger = divmod(num_microbatches, max(1, num_microbatches // num_ranks))
     count = max(1, num_microbatches // num_ranks)
     starts = [i * size + min(i, larger) for i in range(count + 1)]
-    return [range(start, end) for start, end in zip(starts, starts[1:], strict=False)]
+    return [range(start, end) for start, end in pairwise(starts)]
 
 
 def _in_turn(forwards: list[Action], backwards: list[Action], warmup: int) -> Order:

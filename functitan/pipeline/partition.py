@@ -1,7 +1,7 @@
 """Which layers each stage has.
 
-Invariant: stages are contiguous ranges of layers, in order, and none is empty. The first stage also has what comes before
-the layers (the embedding), the last what comes after them (the output).
+Invariant: stages are contiguous ranges of layers, in order, and none is empty. The first stage also has what comes
+before the layers (the embedding), the last what comes after them (the output).
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def partition(
     """The layers of each stage, a range for each.
 
     `counts` is how many layers each stage has; `splits` the first layer of each stage but the first. Without either the
-    stages are balanced: the costliest costs as little as can be, and the others are as alike as can be then. `costs` are
-    those of the layers, or `LayerCosts` with the embedding's and the output's; without them all layers are equal.
-    `stage_rank` is that of the schedule, for errors that name the rank.
+    stages are balanced: the costliest costs as little as can be, and the others are as alike as can be then. `costs`
+    are those of the layers, or `LayerCosts` with the embedding's and the output's; without them all layers are equal.
+    `stage_rank` is that of the schedule, for errors that name the rank. Raises `ScheduleError` for what does not fit.
 
     >>> partition(8, 4)
     (range(0, 2), range(2, 4), range(4, 6), range(6, 8))
@@ -66,17 +66,21 @@ def partition(
 def estimate_costs(declarations: tree.Tree) -> LayerCosts:
     """The costs of a model's parts, as elements of matrices: each token meets each of them once.
 
-    `declarations` is the tree of `Param` with "layers", a list; "embedding" is looked up and costs nothing; the output is
-    "unembedding", or "embedding" again where that serves as output.
+    `declarations` is the tree of `Param` with "layers", a list; "embedding" is looked up and costs nothing; the output
+    is "unembedding", or "embedding" again where that serves as output.
 
     >>> import functitan as ft
     >>> config = ft.models.gpt2.DEBUG._replace(num_layers=2)
     >>> estimate_costs(ft.models.gpt2.params(config))
     LayerCosts(embedding=0, layers=(786432, 786432), output=524288)
     """
-    size = lambda part: sum(math.prod(p.shape) for p in tree.leaves(part) if len(p.shape) > 1)
     output = declarations.get("unembedding", declarations.get("embedding"))
-    return LayerCosts(0, tuple(map(size, declarations["layers"])), size(output))
+    return LayerCosts(0, tuple(map(_matrix_elements, declarations["layers"])), _matrix_elements(output))
+
+
+def _matrix_elements(declarations: tree.Tree) -> int:
+    leaves = zip(tree.paths(declarations), tree.leaves(declarations), strict=True)
+    return sum(math.prod(p.shape) for path, p in leaves if len(p.shape) > 1 and not path.endswith("bias"))
 
 
 def _weighed(num_layers: int, costs: LayerCosts | Sequence[float] | None) -> LayerCosts:

@@ -7,71 +7,62 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
+from typing import Any
 
 from functitan.errors import FunctitanError, report
-from functitan.pipeline.actions import BACKWARD, COMPUTE, FORWARD, INPUT, WEIGHT, Orders, StageRank
+from functitan.pipeline.actions import BACKWARD, COMPUTE, FORWARD, INPUT, WEIGHT, Orders, StageRank, is_compute
 from functitan.pipeline.clock import Times, compute_spans, makespan
 
-_COLOURS = {FORWARD: "#4c78a8", BACKWARD: "#54a24b", INPUT: "#e39b3c", WEIGHT: "#b279a2"}
+Panel = tuple[str, str, Sequence[Times]]  # its title, the unit of its time, and the times of each action of each rank
+
 _NAMES = {FORWARD: "forward", BACKWARD: "backward", INPUT: "input gradient", WEIGHT: "weight gradient"}
+_COLOURS = {FORWARD: "#4c78a8", BACKWARD: "#4f9a47", INPUT: "#d98a1f", WEIGHT: "#a9659b"}
 _LIGHTEST = 0.55  # share of white in the last of a rank's stages
-_WIDTH = 0.24  # inches for a box of mean length
-_SIZES = (9.0, 30.0)  # least and most width of a picture, in inches
+_BOX = 0.24  # inches of width for each box of the fullest rank
+_NARROWEST, _WIDEST = 9.0, 30.0  # inches
+_DIGIT = 6  # points that a digit needs
 
 
-def plot(
-    path: str | PathLike[str], orders: Orders, stage_rank: StageRank, panels: Sequence[tuple[str, Sequence[Times]]]
-) -> None:
-    """Draw panels of (title, times of each action of each rank) under each other, all as wide as their own time."""
+def plot(path: str | PathLike[str], orders: Orders, stage_rank: StageRank, panels: Sequence[Panel]) -> None:
+    """Draw the panels under each other, each as wide as its own time."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
     except ImportError:
-        raise FunctitanError(
-            report("plot", ["matplotlib is not installed"], "install it, or print the schedule")
-        ) from None
-    boxes = max(
-        len(row) for row in map(list, (compute_spans([o], [t]) for o, t in zip(orders, panels[0][1], strict=True)))
-    )
-    width = min(_SIZES[1], max(_SIZES[0], 2 + _WIDTH * boxes))
-    figure = Figure(figsize=(width, len(panels) * (1.2 + 0.42 * len(orders)) + 0.4), layout="constrained")
-    for axes, (title, times) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
-        _panel(axes, orders, stage_rank, times, title)
+        raise FunctitanError(report("plot", ["matplotlib is not installed"], "install it, or use print")) from None
+    boxes = max(sum(map(is_compute, order)) for order in orders)
+    width = min(_WIDEST, max(_NARROWEST, 2 + _BOX * boxes))
+    figure = Figure(figsize=(width, len(panels) * (1.4 + 0.42 * len(orders)) + 0.4), layout="constrained")
+    for axes, panel in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
+        _draw(axes, orders, stage_rank, panel, points=72 * (width - 1))
     kinds = [kind for kind in COMPUTE if any(action.kind == kind for order in orders for action in order)]
     patches = [Patch(color=_COLOURS[kind], label=f"{kind}  {_NAMES[kind]}") for kind in kinds]
+    if len(stage_rank) > len(orders):
+        patches.append(Patch(color=_mixed("#777777", _LIGHTEST), label="lighter: a later stage of the rank"))
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
     figure.savefig(path, dpi=150)
 
 
-def _panel(axes, orders: Orders, stage_rank: StageRank, times: Sequence[Times], title: str) -> None:
+def _draw(axes: Any, orders: Orders, stage_rank: StageRank, panel: Panel, points: float) -> None:
+    title, unit, times = panel
     first, total = makespan(orders, times)
-    width = axes.figure.get_figwidth() - 1
     for rank, action, start, end in compute_spans(orders, times):
         mine = [stage for stage, there in enumerate(stage_rank) if there == rank]
         white = _LIGHTEST * mine.index(action.stage) / max(1, len(mine) - 1)
+        left, length, label = start - first, end - start, str(action.microbatch)
         colour = _mixed(_COLOURS[action.kind], white)
-        axes.barh(rank, end - start, left=start - first, height=0.86, color=colour, edgecolor="white", linewidth=0.6)
-        label = str(action.microbatch)
-        if (end - start) / (total or 1) * width * 72 > 6 * len(label):  # points that a digit needs
-            dark = white > 0.3
-            axes.text(
-                (start + end) / 2 - first,
-                rank,
-                label,
-                ha="center",
-                va="center",
-                fontsize=8,
-                color="black" if dark else "white",
-            )
-    axes.set(xlim=(0, total), ylim=(len(orders) - 0.5, -0.5), yticks=range(len(orders)))
-    axes.set_yticklabels([f"rank {rank}" for rank in range(len(orders))])
+        axes.barh(rank, length, left=left, height=0.86, color=colour, edgecolor="white", linewidth=0.6)
+        if length * points > _DIGIT * len(label) * total:
+            ink = "black" if white > 0.3 else "white"
+            axes.text(left + length / 2, rank, label, ha="center", va="center", fontsize=8, color=ink)
+    axes.set(xlim=(0, total or 1), ylim=(len(orders) - 0.5, -0.5), facecolor="#f0f0f0")
+    axes.set_yticks(range(len(orders)), [f"rank {rank}" for rank in range(len(orders))])
     axes.set_title(title, loc="left", fontsize=10)
-    axes.set_facecolor("#f0f0f0")
-    axes.tick_params(left=False)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
+    axes.set_xlabel(unit, loc="right", fontsize=8)
+    axes.tick_params(left=False, labelsize=9)
+    axes.spines[["top", "right", "left"]].set_visible(False)
 
 
-def _mixed(colour: str, white: float) -> tuple[float, ...]:
-    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    return tuple(part + (1 - part) * white for part in parts)
+def _mixed(colour: str, white: float) -> tuple[float, float, float]:
+    red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    return red + (1 - red) * white, green + (1 - green) * white, blue + (1 - blue) * white

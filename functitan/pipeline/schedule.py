@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
+from typing import Any
 
 from functitan.errors import ScheduleError, report
 from functitan.pipeline import picture, text
@@ -51,9 +52,9 @@ class Schedule:
         """Prove that the schedule computes each gradient once, and ends; raise `ScheduleError` with all that is wrong.
 
         Each stage runs F of each microbatch once, then B, or I and later W, in the order of their dependencies. Sends
-        match receives, in one order at both ends. Parameters are gathered where they are used, gradients reduced when they
-        are whole. And no rank waits forever, even if from one rank to another at most `buffers` messages are under way
-        that the other has not posted a receive for (0: a send waits for its receive; None: sends never wait).
+        match receives, in one order at both ends. Parameters are gathered where they are used, gradients reduced when
+        they are whole. And no rank waits forever, even if from one rank to another at most `buffers` messages are under
+        way that the other has posted no receive for (0: a send waits for its receive; None: sends never wait).
         """
         if found := problems(self.actions, self.stage_rank, self.num_microbatches, buffers):
             raise ScheduleError(report(self._title(), _short(found), _FIX_CHECK))
@@ -62,8 +63,8 @@ class Schedule:
         """(start, end) of each action of each rank, by the simulated clock.
 
         `forward`, `input` and `weight` are the times of F, I and W, one number or one for each stage; B takes input +
-        weight. `send` is the time of a message, which no rank waits for but the one that needs it: a receive starts where
-        it is posted and ends when its message is there. Gathers and reductions take none.
+        weight. `send` is the time of a message, which no rank waits for but the one that needs it: a receive starts
+        where it is posted and ends when its message is there. Gathers and reductions take none.
         """
         cost = costs(forward, input, weight, self.num_stages)
         done = run(self.actions, self.stage_rank, cost, send)
@@ -82,12 +83,12 @@ class Schedule:
     ) -> float:
         """The share of all ranks' time, from the first action's start to the last's end, in which they do not compute.
 
-        For 1F1B of p ranks and m microbatches (p - 1) / (m + p - 1). `measured` takes (start, end) of each action as they
-        were, instead of the predicted ones.
+        For 1F1B of p ranks and m microbatches (p - 1) / (m + p - 1). `measured[rank]` is (start, end) of each action as
+        they were, instead of the predicted ones.
 
         >>> import functitan as ft
-        >>> ft.pipeline.schedule("1f1b", num_stages=4, num_microbatches=6, num_ranks=4).bubble_fraction()
-        0.3333333333333333
+        >>> ft.pipeline.schedule("1f1b", num_stages=4, num_microbatches=9, num_ranks=4).bubble_fraction()
+        0.25
         """
         times = measured or self.timeline(forward=forward, input=input, weight=weight, send=send)
         return bubble(self.actions, times)
@@ -99,8 +100,8 @@ class Schedule:
         """
         return tuple(peak(order, kept) for order in self.actions)
 
-    def text(self, measured: Sequence[Times] | None = None, **costs: Cost) -> str:
-        """The schedule in letters, at costs as `timeline` takes them; below it what was `measured`, in the same width."""
+    def text(self, measured: Sequence[Times] | None = None, **costs: Any) -> str:
+        """The schedule in letters, at costs as `timeline` takes them; below it, as wide, what was `measured`."""
         times = self.timeline(**costs)
         width = text.fitting_width(self.actions, times)
         lines = [self._title(times), *text.draw(self.actions, times, width)]
@@ -108,15 +109,15 @@ class Schedule:
             lines += [_measured_title(self, measured), *text.draw(self.actions, measured, width)]
         return "\n".join(lines)
 
-    def plot(self, path: str | PathLike[str], measured: Sequence[Times] | None = None, **costs: Cost) -> None:
+    def plot(self, path: str | PathLike[str], measured: Sequence[Times] | None = None, **costs: Any) -> None:
         """Draw the schedule into a file (png, svg or pdf), at costs as `timeline` takes them; below it `measured`.
 
         `measured[rank]` is (start, end) of each of `actions[rank]`, in seconds. Needs matplotlib.
         """
         times = self.timeline(**costs)
-        panels = [(self._title(times), times)]
+        panels = [(self._title(times), "time, in units of the costs", times)]
         if measured:
-            panels.append((_measured_title(self, measured), tuple(measured)))
+            panels.append((_measured_title(self, measured), "seconds", tuple(measured)))
         picture.plot(path, self.actions, self.stage_rank, panels)
 
     def __str__(self) -> str:
@@ -140,9 +141,10 @@ def from_actions(
 ) -> Schedule:
     """The schedule in which each rank does the given actions, `(kind, stage, microbatch)`, in order.
 
-    A stage lives where its actions are. The numbers of stages and microbatches are one more than the largest given, unless
-    told. Compute actions alone get their communication here (`max_unsharded` as in `schedule`), and so do actions with
-    sends and receives that lack gathers and reductions. Raises `ScheduleError` if the compute actions can't run.
+    A stage lives where its actions are. The numbers of stages and microbatches are one more than the largest given,
+    unless told. Compute actions alone get their communication here (`max_unsharded` as in `schedule`); actions with
+    sends and receives get gathers and reductions if they have none. Raises `ScheduleError` if the compute actions can't
+    run; `check` proves the rest.
 
     >>> from_actions([[("F", 0, 0), ("B", 0, 0)]], name="one").compute(0)
     (Action(kind='F', stage=0, microbatch=0), Action(kind='B', stage=0, microbatch=0))
@@ -155,7 +157,8 @@ def from_actions(
         Counter(rank for rank, order in enumerate(compute) for a in order if a.stage == s) for s in range(num_stages)
     ]
     title = f"schedule {name!r}"
-    if found := [f"stage {stage}: no rank has an action of it" for stage, ranks in enumerate(homes) if not ranks]:
+    found = [f"stage {stage}: no rank has an action of it" for stage, ranks in enumerate(homes) if not ranks]
+    if found or not homes:
         raise ScheduleError(report(title, found or ["it has no actions"], _FIX_CHECK))
     stage_rank = tuple(ranks.most_common(1)[0][0] for ranks in homes)
     if all(a.kind not in SENDS + RECEIVES for order in orders for a in order):
@@ -177,6 +180,6 @@ def _short(lines: list[str], most: int = 20) -> list[str]:
 
 
 _FIX_CHECK = (
-    "each stage needs F of every microbatch once, then B, or I and later W, after what they depend on; give compute actions "
-    "alone and from_actions or read_csv place the communication"
+    "each stage needs F of every microbatch once, then B, or I and later W, after what they depend on; "
+    "give compute actions alone, and from_actions and read_csv place the communication"
 )

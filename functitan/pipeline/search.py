@@ -37,10 +37,10 @@ def search(
 ) -> Schedule:
     """The fastest schedule found in which no rank holds more than `max_activations` at once.
 
-    Costs are as in `Schedule.timeline`; one activation is that of a microbatch in a stage, from F to B or W. Stages live
-    where `stage_rank` says, or on rank s % num_ranks. Several greedy schedules are made (Qi et al., Zero Bubble, 2023,
-    section 4.3); the best of them and of the named ones is improved by `trials` moves of one action, drawn with `seed`. Raises `ScheduleError`
-    if a rank has more stages than `max_activations`: one microbatch alone needs one activation in each.
+    Costs are as in `Schedule.timeline`; one activation is that of a microbatch in a stage, from F to B or W. Stages
+    live where `stage_rank` says, or on rank s % num_ranks. Several greedy schedules are made (Qi et al., Zero Bubble,
+    2023, section 4.3); the best of them and of the named ones is improved by `trials` moves of one action, drawn with
+    `seed`. Raises `ScheduleError` if a rank has more stages than `max_activations`: a microbatch needs one in each.
 
     >>> found = search(num_stages=2, num_microbatches=4, num_ranks=2, max_activations=2)
     >>> found.peak_activations(), round(found.bubble_fraction(), 3)
@@ -82,11 +82,12 @@ def _named(homes: StageRank, num_microbatches: int, num_ranks: int) -> Iterator[
             yield tuple(map(known.compute, range(num_ranks)))
 
 
-def _caps(max_activations: int | None, num_stages: int, num_microbatches: int, num_ranks: int) -> list[int | None]:
+def _caps(max_activations: int | None, num_stages: int, num_microbatches: int, num_ranks: int) -> list[int]:
     """Caps to try: a rank that begins fewer microbatches is sometimes sooner done with them."""
-    most = num_microbatches * -(-num_stages // num_ranks)
+    mine = -(-num_stages // num_ranks)  # stages of a rank
+    most = num_microbatches * num_stages
     top = most if max_activations is None else min(max_activations, most)
-    return sorted({top, max(-(-num_stages // num_ranks), min(top, num_stages)), min(top, 2 * num_stages - 1)})
+    return sorted({max(mine, min(top, cap)) for cap in (num_stages, 2 * num_stages - 1, top)})
 
 
 def _improved(
@@ -106,7 +107,7 @@ def _improved(
 
 
 def _in_order(order: list[Action]) -> bool:
-    """Whether each F, B or I, and W of a microbatch and stage stand in this order; other dependencies show as waiting."""
+    """Whether F, B or I, and W of each microbatch and stage stand so; other dependencies show as waiting."""
     place = {action: i for i, action in enumerate(order)}
     for action, i in place.items():
         needed = action._replace(kind={WEIGHT: INPUT}.get(action.kind, FORWARD))
@@ -135,7 +136,7 @@ def _problems(
     found = [f"{name} is {n}" for name, n in sizes.items() if n < 1]
     if len(homes) != num_stages or sorted(set(homes)) != list(range(num_ranks)):
         found.append(
-            f"stage_rank is {homes}: it must give each of {num_stages} stages one of {num_ranks} ranks, and use all"
+            f"stage_rank is {homes}, not a rank for each of {num_stages} stages, with {num_ranks} ranks all used"
         )
     for rank in range(num_ranks):
         mine = [stage for stage, there in enumerate(homes) if there == rank]

@@ -1,7 +1,7 @@
 """The orders of pipelines whose stages go down the ranks and up again, a V: ZBV and DualPipeV.
 
-Invariant: each rank has two stages, `down` and `up`. An order for few microbatches is the order for more with those left
-out that there are not: what is left waits for less.
+Invariant: each rank has two stages, `down` and `up`. An order for few microbatches is the order for more without those
+that there are not: what is left waits for less.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for laws that hold on every mesh and schedule: meshes, rules tables, sizes, patterns, schedules.
+"""Hypothesis strategies for laws that hold however a program is spread: meshes, rules, sizes, patterns, schedules.
 
 Invariant: whatever is drawn together fits together: sizes are divided by all mesh dims that their rule names. Use these
 to state that a layer is the same function however it is sharded. Needs hypothesis.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
@@ -70,10 +71,11 @@ def pipeline_schedules(
     """Any valid schedule: stages anywhere, B or I and W for each microbatch, and actions in any order that can run."""
     num_ranks, per_rank = draw(st.integers(1, max_ranks)), draw(st.integers(1, max_stages_per_rank))
     stage_rank = tuple(draw(st.permutations([rank for rank in range(num_ranks) for _ in range(per_rank)])))
-    parts = {(s, m) for s in range(len(stage_rank)) for m in range(draw(st.integers(1, max_microbatches)))}
-    whole = {part for part in sorted(parts) if draw(st.booleans())}
+    num_microbatches = draw(st.integers(1, max_microbatches))
     todo = [
-        Action(kind, *part) for part in sorted(parts) for kind in (("F", "B") if part in whole else ("F", "I", "W"))
+        Action(kind, stage, m)
+        for stage, m in product(range(len(stage_rank)), range(num_microbatches))
+        for kind in draw(st.sampled_from(["FB", "FIW"]))
     ]
     return from_actions(_any_order(draw, todo, stage_rank), name="random")
 
