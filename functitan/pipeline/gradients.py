@@ -147,6 +147,13 @@ def _check(params: tree.Tree, stages: Sequence[Stage], schedule: Schedule, env: 
     if env.capture is not None:
         fix = "capture the stages instead: Stage(declarations, ft.compile(apply))"
         raise CaptureError(report(WHERE, ["one graph cannot hold a pipeline: each rank runs its own program"], fix))
+    if mesh is not None and mesh.transport.name == "explain":
+        fix = (
+            "explain a stage, as a function of its parameters, its input and its batch; schedule.timeline has the order"
+        )
+        raise MeshError(
+            report(WHERE, ["ft.explain runs one rank, and a pipeline's ranks run programs of their own"], fix)
+        )
     outside = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in leaves)
     if transforms_active() or env.differentiated or outside:
         raise FunctitanError(report(WHERE, ["it is differentiated, or inside a transform"], "call it outermost"))
