@@ -327,7 +327,7 @@ def test_a_pipeline_is_neither_captured_nor_differentiated():
 def test_a_pipeline_is_not_explained():
     schedule = schedule_of("1f1b", 2, 1, 2)
     f, declared = ft.pipeline.value_and_grad(stages(2), schedule), ft.pipeline.declarations(stages(2), schedule, 0)
-    with pytest.raises(MeshError, match="ft.explain runs one rank"):
+    with pytest.raises(MeshError, match="explain runs one rank"):
         ft.explain(f, declared, batch(), mesh=dict(pp=2), rules=RULES)
 
 
@@ -380,3 +380,40 @@ def test_a_failing_rank_ends_the_others_with_an_error_that_names_it():
 
     assert "out of luck" in raised(RuntimeError, dict(pp=2), rank)
     assert "cotangent of stage 0, microbatch" in texts[0] and "rank 1 failed: RuntimeError: out of luck" in texts[0]
+
+
+def test_train_step_takes_a_loss_or_a_function_of_gradients():
+    f, tx = ft.pipeline.value_and_grad(stages(1), schedule_of("gpipe", 1, 1, 2)), ft.optim.sgd(0.1)
+    with pytest.raises(FunctitanError, match="loss_fn is given too"):
+        ft.train_step(loss, tx, value_and_grad=f)
+    with pytest.raises(FunctitanError, match="accumulate and gradients belong to loss_fn"):
+        ft.train_step(None, tx, accumulate=2, value_and_grad=f)
+
+
+def test_a_bad_number_in_the_leaves_of_one_stage_is_raised_on_all_ranks():
+    """Only the last stage's scale gets an infinite gradient; the other rank says that it is another's."""
+    schedule = schedule_of("1f1b", 2, 1, 2)
+
+    def blown(params, x, kept, key):
+        scale = ft.broadcast("embed -> batch embed", params["scale"] - 1.0, batch=x.shape[0])
+        return layer(params, x, kept, None) + torch.sqrt(scale.abs())  # of no effect, with an infinite derivative
+
+    its = [stages(2)[0], stages(2, blown)[1]]
+
+    def rank(mesh):
+        tx = ft.optim.sgd(0.1)
+        declared = ft.pipeline.declarations(its, schedule, mesh.place)
+        state = ft.TrainState.create(declared, tx, ft.random.key(0), mesh=mesh, rules=RULES)
+        gradients = ft.pipeline.value_and_grad(its, schedule)
+
+        def finite_below(params, batch, key, scale=None):
+            out, grads = gradients(params, batch, key, scale=scale)
+            return out, ft.tree.map(lambda g: g.nan_to_num(0, 0, 0), grads) if mesh.place == 0 else grads
+
+        with pytest.raises(ft.NonFiniteError) as error:
+            ft.train_step(None, tx, value_and_grad=finite_below)(state, batch())
+        return str(error.value)
+
+    first, second = ft.simulate(pp=2)(rank)()
+    assert "those of another pipeline stage, whose ranks name them" in first
+    assert "gradients.layers.4.scale: " in second
