@@ -6,6 +6,7 @@ Invariant: an action touches its own stage and microbatch alone; what it takes, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -96,8 +97,8 @@ def _forward(step: Step, stage: int, microbatch: int) -> None:
         _unshard(step, stage, microbatch)
     weights, into = step.copies[stage], step.edges.into
     if stage not in step.totals:
-        like = dict(dtype=step.dtype, memory_format=torch.contiguous_format)
-        step.totals[stage] = [torch.zeros_like(x, **like) for x in weights]
+        zeros = partial(torch.zeros_like, dtype=step.dtype, memory_format=torch.contiguous_format)
+        step.totals[stage] = [zeros(x) for x in weights]
 
     def run(weights: list[Tensor], inputs: list[Tensor]) -> tuple[list[Tensor], Any]:
         out = apply(tree.unflatten(structure, weights), into[stage].joined(inputs), part, key)
