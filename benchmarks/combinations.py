@@ -377,7 +377,8 @@ def legend() -> str:
     lines = [f"- {name}: {why}" for name, why in SUMS.items()]
     return (
         f"May differ, by {EXACT:g} at most in float64, by {CLOSE:g} in float32 and under Inductor, and by "
-        f"{ROUNDED:g} in bfloat16 and {EIGHTH:g} in float8, where another order of summation rounds at another place; all "
+        f"{ROUNDED:g} in bfloat16 and {EIGHTH:g} in float8, where another order of summation "
+        "rounds at another place; all "
         "else must be equal bit for bit:\n\n" + "\n".join(lines)
     )
 
@@ -385,7 +386,8 @@ def legend() -> str:
 def sizes() -> str:
     return (
         f"torch {torch.__version__}; batch {BATCH}, seq {SEQ}, {STEPS} steps, {CONFIG}, and "
-        f"{OF_PASSES.num_layers} layers where passes are shown. An empty cell is a pair of which one undoes the other, or is for another mesh, "
+        f"{OF_PASSES.num_layers} layers where passes are shown. An empty cell is a pair of which one undoes the other, "
+        "or is for another mesh, "
         "or of Inductor, which is shown alone (virtual meshes run captured graphs without it)."
     )
 

@@ -6,7 +6,7 @@ gathered.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from functitan.ops.arithmetic import Arithmetic, plain
 from functitan.ops.function import Call, Hidden, Hiddens, Op, apply, hidden_axes, hide
-from functitan.ops.local import product
+from functitan.ops.local import add_product, product
 from functitan.ops.schedule import run_plan
 from functitan.ops.types import Type, check_cotangents, resolve
 from functitan.sharding.choice import FREE, Fixed
@@ -123,19 +123,21 @@ def _vjp(call: Call, tensors: tuple[Tensor, ...], _: Any, grads: tuple[Tensor | 
     numbers = {i: None if deferred is None or not tensors else deferred.number(tensors[i]) for i in wanted}
     now = tuple(i for i in wanted if numbers[i] is None)
     if deferred is not None and (waiting := tuple(i for i in wanted if numbers[i] is not None)):
-        places, product = _transposed(call, tensors, grads, waiting)
+        places, typed, inputs, options = _transposed(call, tensors, grads, waiting)
+        product = partial(_add_contracted, typed, inputs, call.transposed(), call.static.label, **options)
         deferred.put(tuple(numbers[i] for i in places), product)  # type: ignore[misc]
     if not now:
         return (None,) * len(wanted)
-    places, product = _transposed(call, tensors, grads, now)
-    found = dict(zip(places, product(), strict=True))
+    places, typed, inputs, options = _transposed(call, tensors, grads, now)
+    outs = contract(typed, inputs, call.transposed(), call.static.label, **options)
+    found = dict(zip(places, outs, strict=True))
     return tuple(found.get(i) for i in wanted)
 
 
 def _transposed(
     call: Call, tensors: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], wanted: tuple[int, ...]
-) -> tuple[list[int], Callable[[], tuple[Tensor, ...]]]:
-    """Those of the operands `wanted` that have a cotangent, and what works it out, which keeps what it uses."""
+) -> tuple[list[int], Contraction, tuple[Tensor, ...], dict[str, Any]]:
+    """Those of the operands `wanted` that have a cotangent, and the contraction that gives them, of what it uses."""
     static: Static = call.static
     given = tuple(i for i, g in enumerate(grads) if g is not None)
     typed = cotangents(static.typed._replace(sizes=static.full.sizes), wanted, given)
@@ -155,7 +157,40 @@ def _transposed(
     )
     made = tuple(static.dtypes[i] for i in places)
     options = dict(fixed=static.fixed, compute=static.compute, made=made, arithmetic=static.arithmetic.backward(roles))
-    return places, partial(contract, typed, inputs, call.transposed(), static.label, **options)
+    return places, typed, inputs, options
+
+
+def _add_contracted(
+    typed: Contraction,
+    tensors: tuple[Tensor, ...],
+    env: Env,
+    label: Label,
+    totals: Sequence[Tensor],
+    *,
+    fixed: Fixed,
+    compute: torch.dtype | None,
+    made: Dtypes,
+    arithmetic: Arithmetic | None,
+) -> None:
+    """Add the results of a contraction of plain tensors, which nothing differentiates, to these totals."""
+    assert env.mesh is not None
+    full, _ = resolve(typed, tensors, env, label)
+    chosen = plan(full, env.mesh.sizes, fixed)
+    single = all(len(groups) == 1 and len(groups[0].products) == 1 for groups in chosen.results)
+    with torch.no_grad():
+        if arithmetic is not None or not chosen.is_local or not single:
+            results = contract(typed, tensors, env, label, fixed, compute=compute, made=made, arithmetic=arithmetic)
+            for total, x in zip(totals, results, strict=True):
+                total.add_(x)
+            return
+        with env.span(*label):
+            for total, (group,), layout in zip(totals, chosen.results, full.results, strict=True):
+                (item,) = group.products
+                places = [chosen.moved[i][0] for i in item.moved]
+                axes = tuple(full.operands[i].axes for i in places)
+                values = tuple(cast(tensors[i], compute) for i in places)
+                if not add_product(total, axes, layout.axes, values):
+                    total.add_(product(axes, layout.axes, values, item.broadcast))
 
 
 def _jvp(call: Call, tensors: tuple[Tensor, ...], _: Any, given: tuple[Tensor | None, ...]):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,15 @@ def product(
 ) -> Tensor:
     """The product of the tensors, summed over the axes that the result lacks, expanded by `new` (axis, size)."""
     return _recipe(operands, result, new)(*tensors)
+
+
+def add_product(total: Tensor, operands: tuple[Axes, ...], result: Axes, tensors: tuple[Tensor, ...]) -> bool:
+    """Add the product to `total` by one matmul that writes no product of its own; False, and nothing, if none does."""
+    add = _adding(operands, result) if len(operands) == 2 else None
+    if add is None or not total.is_contiguous() or any(x.dtype != total.dtype for x in tensors):
+        return False
+    add(total, *tensors)
+    return True
 
 
 def maximum(axes: Axes, result: Axes, x: Tensor) -> Tensor:
@@ -127,6 +136,27 @@ def _matrices(
         return z if order is None else z.permute(order)
 
     return Matrices(_matrix(a, (batch, rows, contracted)), _matrix(b, (batch, contracted, columns)), fold)
+
+
+@cache
+def _adding(operands: tuple[Axes, ...], result: Axes) -> Callable[[Tensor, Tensor, Tensor], Any] | None:
+    a, b = operands
+    contracted = [axis for axis in a if axis in b and axis not in result]
+    rows, columns = [axis for axis in result if axis not in b], [axis for axis in result if axis not in a]
+    if {*rows, *contracted} != set(a) or {*columns, *contracted} != set(b) or not (rows and columns and contracted):
+        return None
+    if tuple(columns + rows) == result:
+        swapped = _adding((b, a), result)
+        return None if swapped is None else lambda total, x, y: swapped(total, y, x)
+    if tuple(rows + columns) != result:
+        return None
+    left, right = _matrix(a, ([], rows, contracted)), _matrix(b, ([], contracted, columns))
+
+    def run(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        x, y = left(x), right(y)
+        return total.view(x.shape[0], y.shape[1]).addmm_(x, y)
+
+    return run
 
 
 def _matrix(axes: Axes, groups: tuple[list[str], list[str], list[str]]) -> Product:

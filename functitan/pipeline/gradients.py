@@ -8,25 +8,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from functitan import tree
-from functitan.axes import Axes, parse_axes
+from functitan.axes import parse_axes
 from functitan.errors import CaptureError, FunctitanError, MeshError, report
 from functitan.ops.function import transforms_active
-from functitan.ops.replica import merge, merge_scalars, one_replica, spread
-from functitan.pipeline.edges import Edges, check_edge, described, edges_of, zero_sums
-from functitan.pipeline.exchange import over_stages, post_all, receive_all, shared_sums
-from functitan.pipeline.passes import Pass, backward, forward, weight_half
+from functitan.ops.replica import merge_scalars, one_replica
+from functitan.pipeline.edges import Edges, described, edges_of, zero_sums
+from functitan.pipeline.exchange import over_stages, shared_sums
 from functitan.pipeline.schedule import Schedule
 from functitan.pipeline.stages import Stage, check_stages, declarations, holders_of
-from functitan.sharding.context import Env, current, using, within
-from functitan.sharding.mesh import Pending
-from functitan.sharding.rules import Dims
-from functitan.transforms.microbatches import Sums, added, key_of, microbatch_size, replica_dims, rows, sum_and_beside
+from functitan.pipeline.step import RUN, Part, Step, reduce_gradients
+from functitan.sharding.context import Env, current, within
+from functitan.transforms.microbatches import Sums, microbatch_size, replica_dims, rows
 
 WHERE = "ft.pipeline.value_and_grad"
 
@@ -50,8 +48,8 @@ def value_and_grad(
     Inside `ft.spmd` on a mesh with `pp`, of as many ranks as the schedule's; the others of its dims shard every stage.
     With `gather`, a stage's parameters are gathered over the batch's mesh dims where the schedule says `UNSHARD`, and
     its gradients reduced there at `REDUCE_GRAD`: once in a step. Without, every op gathers and reduces for itself, in
-    less memory. Raises `FunctitanError` and its kinds before anything is sent, `CollectiveError` where another rank
-    fails.
+    less memory. Raises `FunctitanError` and its kinds before anything is sent, of a schedule what its `check` finds;
+    `CollectiveError` where another rank fails.
 
     >>> import functitan as ft
     >>> def first(params, x, batch, key):
@@ -64,15 +62,17 @@ def value_and_grad(
     >>> mean, count, grads["w"][:, 0]
     (tensor(7.), tensor(12.), tensor([1.0000, 1.3333]))
     """
+    schedule.check(buffers=None)
     check_stages(stages, schedule)
     flat = [tree.flatten(stage.declarations) for stage in stages]
     parts = [
-        _Part(
+        Part(
             stage.apply, tuple(tree.paths(stage.declarations)), tuple(parse_axes(leaf.pattern) for leaf in leaves), form
         )
         for stage, (leaves, form) in zip(stages, flat, strict=True)
     ]
-    holders, known = holders_of(stages, schedule), {}  # edges, by the shapes of a microbatch and the mesh
+    holders = holders_of(stages, schedule)
+    known: list[tuple[Any, Edges]] = []  # edges, by the shapes of a microbatch and the surroundings
 
     def gradients(
         params: tree.Tree,
@@ -90,18 +90,20 @@ def value_and_grad(
         first = 0 if env.mesh is None else env.mesh.index(dims) * schedule.num_microbatches
         part = rows(batch, 0, size)
         kind = described(part), one.mesh and one.mesh.sizes, one.rules, one.precision
-        edges = next((found for like, found in known.items() if like == kind), None)
+        edges = next((found for like, found in known if like == kind), None)
         if edges is None:
-            edges = known[kind] = edges_of(stages, part, key, one, WHERE)
+            edges = edges_of(stages, part, key, one, WHERE)
+            known.append((kind, edges))
         own = dict(zip(tree.paths(params), tree.leaves(params), strict=True))
-        step = _Step(
-            parts, schedule, place, own, batch, key, scale, first, size, dims, dtype, env, one, edges,
+        split = {(action.stage, action.microbatch) for action in schedule.actions[place] if action.kind == "I"}
+        step = Step(
+            WHERE, parts, schedule, place, own, batch, key, scale, split, first, size, dims, dtype, env, one, edges,
             {}, {}, {}, {}, {}, {}, {}, [], [],
         )  # fmt: skip
         with torch.no_grad():
             for action in schedule.actions[place]:
                 start = time.monotonic()
-                within(f"pipeline {action}", _RUN[action.kind], step, action.stage, action.microbatch)
+                within(f"pipeline {action}", RUN[action.kind], step, action.stage, action.microbatch)
                 if times is not None:
                     times.append((start, time.monotonic()))
             total, count, aux = _sums(step)
@@ -113,159 +115,7 @@ def value_and_grad(
     return gradients
 
 
-class _Part(NamedTuple):
-    """What is known of a stage before any step."""
-
-    apply: Callable[..., Any]
-    paths: tuple[str, ...]
-    axes: tuple[Axes, ...]
-    structure: Any
-
-
-Place = tuple[str, int, int]  # "F" or "B", the stage that takes it, the microbatch
-
-
-class _Step(NamedTuple):
-    """One step of one rank: what it is given, and what it has at the moment."""
-
-    parts: list[_Part]
-    schedule: Schedule
-    place: int
-    params: dict[str, Tensor]
-    batch: Any
-    key: Tensor | None
-    scale: Tensor | None
-    first: int  # the number of this replica's first microbatch
-    size: int
-    dims: Dims
-    dtype: torch.dtype | None
-    env: Env
-    one: Env  # of one replica's own program
-    edges: Edges
-    copies: dict[int, list[Tensor]]  # by stage: its parameters, gathered
-    totals: dict[int, list[Tensor]]  # by stage: the gradients of this replica, added up
-    grads: dict[int, list[Tensor]]  # by stage: those of all replicas
-    passes: dict[tuple[int, int], Pass]
-    here: dict[Place, list[Tensor]]  # made by a stage of this rank for another of it
-    going: dict[Place, list[Tensor]]  # made here, to be sent
-    coming: dict[Place, list[Pending]]
-    leaving: list[Pending]
-    sums: list[Sums]
-
-    @property
-    def last(self) -> int:
-        return len(self.parts) - 1
-
-
-def _unshard(step: _Step, stage: int, _: int) -> None:
-    part = step.parts[stage]
-    step.copies[stage] = [
-        spread(axes, step.params[path], step.dims) for path, axes in zip(part.paths, part.axes, strict=True)
-    ]
-
-
-def _reshard(step: _Step, stage: int, _: int) -> None:
-    step.copies.pop(stage, None)
-
-
-def _reduce(step: _Step, stage: int, _: int) -> None:
-    sums, grads = step.totals.pop(stage), step.grads.setdefault(stage, [])
-    with using(step.env._replace(phase="backward")):
-        for axes in step.parts[stage].axes:
-            grads.append(merge(axes, sums.pop(0), step.dims))  # a sum is freed when it is merged
-
-
-def _forward(step: _Step, stage: int, microbatch: int) -> None:
-    part, (apply, _, _, structure) = rows(step.batch, microbatch * step.size, step.size), step.parts[stage]
-    key = key_of(step.key, step.first + microbatch)
-    if stage not in step.copies:
-        _unshard(step, stage, microbatch)
-    weights, into = step.copies[stage], step.edges.into
-    if stage not in step.totals:
-        like = dict(dtype=step.dtype, memory_format=torch.contiguous_format)
-        step.totals[stage] = [torch.zeros_like(x, **like) for x in weights]
-
-    def run(weights: list[Tensor], inputs: list[Tensor]) -> tuple[list[Tensor], Any]:
-        out = apply(tree.unflatten(structure, weights), into[stage].joined(inputs), part, key)
-        if stage < step.last:
-            return check_edge(out, into[stage + 1], stage), None
-        total, counted = sum_and_beside(out, WHERE)
-        return [total if step.scale is None else total * step.scale], counted
-
-    inputs = _taken(step, ("F", stage, microbatch)) if stage else []
-    split = ("I", stage, microbatch) in step.schedule.actions[step.place]
-    results, beside, its = forward(run, weights, step.totals[stage], inputs, step.one, split)
-    step.passes[stage, microbatch] = its
-    if stage < step.last:
-        _hand_on(step, ("F", stage + 1, microbatch), results)
-    else:
-        step.sums[:] = [added(step.sums[0] if step.sums else None, results[0], beside)]
-
-
-def _input_half(step: _Step, stage: int, microbatch: int) -> None:
-    edges = step.edges.into
-    if stage < step.last:
-        given: dict[int, Tensor | None] = dict(
-            zip(edges[stage + 1].floats(), _taken(step, ("B", stage, microbatch)), strict=True)
-        )
-        cotangents = [given.get(i) for i in range(len(edges[stage + 1].specs))]
-    else:
-        cotangents = [None]  # of a scalar, 1
-    its = step.passes[stage, microbatch]
-    found = backward(its, cotangents)
-    step.passes[stage, microbatch] = its._replace(ends=(), inputs=())  # what the second half does not need
-    if stage:
-        into = edges[stage]
-        made = [into.specs[i].zeros() if (g := found[i]) is None else g for i in into.floats()]
-        _hand_on(step, ("B", stage - 1, microbatch), made)
-
-
-def _weight_half(step: _Step, stage: int, microbatch: int) -> None:
-    weight_half(step.passes.pop((stage, microbatch)))
-
-
-def _backward(step: _Step, stage: int, microbatch: int) -> None:
-    _input_half(step, stage, microbatch)
-    del step.passes[stage, microbatch]
-
-
-def _hand_on(step: _Step, to: Place, tensors: list[Tensor]) -> None:
-    near = step.schedule.stage_rank[to[1]] == step.place
-    (step.here if near else step.going)[to] = tensors
-
-
-def _taken(step: _Step, at: Place) -> list[Tensor]:
-    if at in step.coming:
-        return [pending.wait() for pending in step.coming.pop(at)]
-    return step.here.pop(at)
-
-
-def _sender(kind: str, towards: int) -> Callable[[_Step, int, int], None]:
-    def send(step: _Step, stage: int, microbatch: int) -> None:
-        to = kind, stage + towards, microbatch
-        step.leaving[:] = [pending for pending in step.leaving if not pending.done()]
-        step.leaving.extend(post_all(step.going.pop(to), to, step.schedule.stage_rank[to[1]], step.env))
-
-    return send
-
-
-def _receiver(kind: str, towards: int) -> Callable[[_Step, int, int], None]:
-    def receive(step: _Step, stage: int, microbatch: int) -> None:
-        at, edges = (kind, stage, microbatch), step.edges.into
-        specs = edges[stage].specs if kind == "F" else [edges[stage + 1].specs[i] for i in edges[stage + 1].floats()]
-        step.coming[at] = receive_all(specs, at, step.schedule.stage_rank[stage - towards], step.env)
-
-    return receive
-
-
-_RUN: dict[str, Callable[[_Step, int, int], None]] = {
-    "F": _forward, "B": _backward, "I": _input_half, "W": _weight_half,
-    "SEND_F": _sender("F", 1), "RECV_F": _receiver("F", 1), "SEND_B": _sender("B", -1), "RECV_B": _receiver("B", -1),
-    "UNSHARD": _unshard, "RESHARD": _reshard, "REDUCE_GRAD": _reduce,
-}  # fmt: skip
-
-
-def _sums(step: _Step) -> Sums:
+def _sums(step: Step) -> Sums:
     """The loss, the count and aux of all microbatches of all replicas, on every rank of every stage."""
     leaves, structure = tree.flatten(step.sums[0] if step.sums else zero_sums(step.edges))
     if step.sums:
@@ -274,12 +124,12 @@ def _sums(step: _Step) -> Sums:
     return total, count.clamp(min=1), aux
 
 
-def _gradients(step: _Step, holders: dict[str, tuple[int, ...]], count: Tensor) -> list[Tensor]:
+def _gradients(step: Step, holders: dict[str, tuple[int, ...]], count: Tensor) -> list[Tensor]:
     """The mean gradients of this rank's parameters; those that several stages share are added up."""
     found: dict[str, Tensor] = {}
     for stage in step.schedule.stages(step.place):
         if stage in step.totals:
-            _reduce(step, stage, 0)
+            reduce_gradients(step, stage, 0)
         for path, g in zip(step.parts[stage].paths, step.grads.pop(stage), strict=True):
             found[path] = found[path] + g if path in found else g
     shared_sums(found, holders, step.env)
@@ -297,6 +147,13 @@ def _check(params: tree.Tree, stages: Sequence[Stage], schedule: Schedule, env: 
     if env.capture is not None:
         fix = "capture the stages instead: Stage(declarations, ft.compile(apply))"
         raise CaptureError(report(WHERE, ["one graph cannot hold a pipeline: each rank runs its own program"], fix))
+    if mesh is not None and mesh.transport.name == "explain":
+        fix = (
+            "explain a stage, as a function of its parameters, its input and its batch; schedule.timeline has the order"
+        )
+        raise MeshError(
+            report(WHERE, ["ft.explain runs one rank, and a pipeline's ranks run programs of their own"], fix)
+        )
     outside = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in leaves)
     if transforms_active() or env.differentiated or outside:
         raise FunctitanError(report(WHERE, ["it is differentiated, or inside a transform"], "call it outermost"))

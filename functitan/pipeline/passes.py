@@ -24,7 +24,7 @@ class Pass(NamedTuple):
     ends: tuple[GradientEdge | None, ...]  # of the results; none of one without a gradient
     inputs: tuple[Tensor | None, ...]  # none for one without a gradient
     weights: tuple[Tensor, ...]
-    deferred: Deferred | None
+    deferred: Deferred
 
 
 def forward(
@@ -37,14 +37,14 @@ def forward(
 ) -> tuple[list[Tensor], Any, Pass]:
     """`fn(weights, inputs)` gives tensors and something beside; those, and the pass that its backward takes.
 
-    The gradients of the weights will be added to `sums`; with `split`, those of the weights of named products by
-    `weight_half`, others with the gradients of the inputs.
+    The gradients of the weights will be added to `sums` where they are made; with `split`, those of the weights of
+    named products by `weight_half`, others with the gradients of the inputs.
     """
     with torch.enable_grad():
         leaves = tuple(x.detach().requires_grad_() for x in weights)
         given = [x.detach().requires_grad_() if _has_gradient(x) else x for x in inputs]
         used = [add_into(x, total) for x, total in zip(leaves, sums, strict=True)]
-        deferred = Deferred(used, lambda i, gradient: sums[i].add_(gradient)) if split else None
+        deferred = Deferred(used, sums, waits=split)
         with using(env._replace(differentiated=True, deferred=deferred)):
             results, beside = fn(used, given)
         ends = tuple(get_gradient_edge(y) if y.requires_grad else None for y in results)
@@ -66,9 +66,7 @@ def backward(its: Pass, cotangents: Sequence[Tensor | None]) -> tuple[Tensor | N
 
 def weight_half(its: Pass) -> None:
     """Work out the gradients that wait, and add them up."""
-    if its.deferred is not None:
-        with torch.no_grad():
-            its.deferred.run()
+    its.deferred.run()
 
 
 def _has_gradient(x: Tensor) -> bool:

@@ -34,7 +34,7 @@ def declarations(stages: Sequence[Stage], schedule: Schedule, place: int = 0) ->
     The place is `ft.as_mesh(mesh).place`. A leaf that several stages share, such as a tied embedding, is on the rank of
     each, and the first owns it. Raises `FunctitanError` for stages that do not fit the schedule, or each other.
 
-    >>> from functitan.pipeline.schedule import schedule
+    >>> from functitan.pipeline.named import schedule
     >>> stages = [Stage({"layers": {i: Param("embed mlp", (4, 8))}}, print) for i in range(2)]
     >>> declarations(stages, schedule("1f1b", num_stages=2, num_microbatches=2, num_ranks=2), place=1)
     {'layers': {1: Param('embed mlp', (4, 8))}}

@@ -53,7 +53,7 @@ class Env(NamedTuple):
     sequence: Sequence = DEFAULT  # how positions lie, and how attention meets them where they are sharded
     profiled: bool = False  # ops, collectives and phases name their spans for `ft.profile`
     pipeline: Mesh | None = None  # of all pipeline stages, where `mesh` is that of the ranks of this one
-    deferred: Deferred | None = None  # where gradients of weights wait, of a backward that is split in two
+    deferred: Deferred | None = None  # takes the gradients of weights, of a backward whole or split in two
 
     def layout(self, axes: tuple[str, ...]) -> Layout:
         """The layout of a pattern here; only where there is a mesh."""

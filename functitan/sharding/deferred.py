@@ -1,4 +1,4 @@
-"""Gradients of weights that wait: what a backward pass leaves for later, when it is split in two.
+"""Gradients of weights that are added up where they are made: at once, or in the second half of a split backward.
 
 Invariant: what waits is a product of a saved operand and a cotangent, which nobody computes twice, and it holds no
 other tensor. It belongs to one backward pass of one function; an op knows a weight by the tensor itself.
@@ -10,15 +10,16 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
-Product = Callable[[], Sequence[Tensor]]  # the gradients of some weights
+Product = Callable[[Sequence[Tensor]], None]  # adds the gradients of some weights to their totals
 
 
 class Deferred:
-    """`add(i, gradient)` takes what comes, at last, of weight i."""
+    """`totals` take the gradients of the weights; they wait until `run` if `waits`."""
 
-    def __init__(self, weights: Iterable[Tensor], add: Callable[[int, Tensor], None]) -> None:
+    def __init__(self, weights: Iterable[Tensor], totals: Sequence[Tensor], waits: bool) -> None:
         self._known = {id(x): (x, i) for i, x in enumerate(weights)}  # which keeps the tensor, and so its id
-        self._add = add
+        self._totals = totals
+        self._waits = waits
         self._waiting: list[tuple[tuple[int, ...], Product]] = []
 
     def __len__(self) -> int:
@@ -35,13 +36,17 @@ class Deferred:
                 self._known[id(y)] = y, number
 
     def put(self, numbers: tuple[int, ...], product: Product) -> None:
-        """Leave the gradients of these weights for later."""
+        """Add the gradients of these weights, now or later."""
         self._waiting.append((numbers, product))
+        if not self._waits:
+            self._add()
 
     def run(self) -> None:
-        """Work out all that waits, in its order, and forget it."""
+        """Work out all that waits, in its order, and forget it and the weights."""
+        self._add()
+        self._known = {}
+
+    def _add(self) -> None:
         while self._waiting:
             numbers, product = self._waiting.pop(0)
-            for number, gradient in zip(numbers, product(), strict=True):
-                self._add(number, gradient)
-        self._known = {}
+            product([self._totals[i] for i in numbers])

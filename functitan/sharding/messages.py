@@ -11,7 +11,7 @@ from torch import Tensor
 
 from functitan.sharding.context import Env, within
 from functitan.sharding.ledger import FORMULAS
-from functitan.sharding.mesh import Pending
+from functitan.sharding.mesh import Pending, Transport
 from functitan.sharding.program import describe
 from functitan.sharding.steps import Label
 
@@ -23,14 +23,15 @@ def post(x: Tensor, to: int, env: Env, label: Label) -> Pending:
 
     Nobody may write to the tensor before. It arrives there at the `receive` of the same number from this rank.
     """
-    transport = _transport(env)
+    its = _transport(env).post
+    assert its is not None
     _agree(f"sends {describe('message', (DIM,), tuple(x.shape), x.dtype, label)}", env)
     if env.ledger is None and not env.profiled:
-        return transport.post(x, DIM, to, label)
+        return its(x, DIM, to, label)
     entry = env.entry("send", (DIM,), FORMULAS["send"](x.numel() * x.element_size(), 2), x.dtype, *label)
     if env.ledger is not None:
         env.ledger.entries.append(entry)
-    return within(entry.name, transport.post, x, DIM, to, label)
+    return within(entry.name, its, x, DIM, to, label)
 
 
 def receive(
@@ -40,16 +41,17 @@ def receive(
 
     Raises `CollectiveError`, which names that rank and the message, if it does not come within the mesh's timeout.
     """
-    transport = _transport(env)
+    its = _transport(env).receive
+    assert its is not None
     _agree(f"awaits {describe('message', (DIM,), tuple(shape), dtype, label)}", env)
-    pending = transport.receive(shape, dtype, device, DIM, source, label)
+    pending = its(shape, dtype, device, DIM, source, label)
     if not env.profiled:
         return pending
     name = env.entry("receive", (DIM,), 0, dtype, *label).name
     return pending._replace(wait=lambda: within(name, pending.wait))
 
 
-def _transport(env: Env):
+def _transport(env: Env) -> Transport:
     assert env.pipeline is not None
     return env.pipeline.transport
 
