@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from plans import contractions, ways
 
 from functitan.sharding import mesh as mesh_module
@@ -32,7 +32,18 @@ def chosen_way(contraction: Contraction, mesh: MeshSizes, dim: str, fixed: Fixed
     return tuple(next((axis for axis, dims in splits.items() if dim in dims), None) for splits, _ in chosen)
 
 
+def of_two_terms() -> tuple[Contraction, MeshSizes]:
+    """Where each term's best leaves both with more to send than another way for the two."""
+    layout = lambda pattern, dim="": Layout(
+        tuple(pattern.split()), tuple(("dp",) if axis == dim else () for axis in pattern.split())
+    )
+    operands = layout("seq embed", "seq"), layout("batch", "batch"), layout("batch seq embed", "embed")
+    terms, sizes = (Term(0, (0, 1)), Term(1, (0, 2))), (("batch", 8), ("seq", 4), ("embed", 4))
+    return Contraction(operands, (layout(""), layout("")), terms, sizes), MeshSizes(("dp",), (4,))
+
+
 @settings(max_examples=100)
+@example(drawn=of_two_terms())
 @given(drawn=contractions())
 def test_each_mesh_dim_takes_the_best_of_all_ways_as_if_it_were_alone(drawn):
     contraction, mesh = drawn

@@ -211,7 +211,8 @@ def test_a_region_gives_and_communicates_what_its_function_does_on_every_mesh(si
             close(value, theirs)
     plain, *recorded = (ledger for _, ledger in of_ranks[0])
     for ledger in recorded:
-        assert sorted(map(str, ledger)) == sorted(map(str, plain))
+        sent = [str(entry._replace(hidden=False)) for entry in ledger]  # a graph hides some behind its products
+        assert sorted(sent) == sorted(map(str, plain))
     declared = ft.tree.map(lambda p: ft.Param(p.pattern, p.shape, dtype=torch.float64), LLAMA.params(CONFIG))
 
     def explained(wrap, *skip):

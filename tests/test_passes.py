@@ -25,8 +25,9 @@ CONFIG = ft.models.llama.DEBUG._replace(num_layers=2, vocab_size=64, embed=32, m
 RULES = ft.models.llama.RULES
 PAIRED = dict(fsdp=2, tp=2)  # where every kind of message travels
 MESHES = [dict(fsdp=2), dict(tp=2), dict(fsdp=2, tp=2), dict(dp=2, fsdp=2)]
-ALONE = [*((name,) for name in PASSES), tuple(PASSES)]
-PAIRS = [*ALONE, *combinations(PASSES, 2)]
+EXACT = [name for name in PASSES if name != "unfuse_attention"]  # which rounds otherwise, in bfloat16 alone
+ALONE = [*((name,) for name in EXACT), tuple(PASSES)]
+PAIRS = [*ALONE, *combinations(EXACT, 2)]
 
 
 def loss(params, tokens, labels, config=CONFIG):

@@ -6,6 +6,7 @@ contraction are chosen for together: an operand that one term has brought somewh
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from functitan.sharding.layout import Layout
 from functitan.sharding.mesh import MeshSizes
 from functitan.sharding.moves import Frames, Splits
 
+FEW = 64  # ways to choose for all terms, up to which each is looked at
 FACTOR = 16  # a choice that moves more than this times the cheapest one's elements is not worth a saved latency
 
 
@@ -67,14 +69,22 @@ def choose(contraction: Contraction, mesh: MeshSizes, fixed: Fixed) -> list[tupl
 def _choose(
     dim: str, dims: set[str], contraction: Contraction, sizes: dict[str, int], mesh: MeshSizes, fixed: Fixed
 ) -> tuple[str | None, ...]:
-    """The axis of each term for one mesh dim.
+    """The axis of each term for one mesh dim: the best of all ways, where they are few.
 
-    Terms share moves. So each move in turn (and none) counts as paid while every term takes its best option; then each
-    takes its best given what the others pay. The best end of all is taken.
+    Terms share moves. So where they are many each move in turn (and none) counts as paid while every term takes its
+    best option; then each takes its best given what the others pay. The best end of all is taken.
     """
     options = [_options(dim, dims, term, contraction, sizes, mesh, fixed) for term in contraction.terms]
     moves = {move for own in options for option in own for move in option.moves}
     price = {move: _price(move, dim, contraction, sizes, mesh) for move in moves}
+    few = math.prod(map(len, options)) <= FEW
+    ends = set(itertools.product(*(range(len(own)) for own in options))) if few else _ends(options, moves, price)
+    together = [_joint([own[i] for own, i in zip(options, end, strict=True)]) for end in sorted(ends)]
+    return _best(together, set(), price).axis
+
+
+def _ends(options: list[list[_Option]], moves: set[_Move], price: dict[_Move, int]) -> set[tuple[int, ...]]:
+    """Good ways for all terms together: the place of each one's option."""
     ends = set()
     for paid in (None, *moves):
         chosen = [_best(own, {paid}, price) for own in options]
@@ -82,8 +92,7 @@ def _choose(
             others = {move for i, option in enumerate(chosen) if i != t for move in option.moves}
             chosen[t] = _best(options[t], others, price)
         ends.add(tuple(own.index(option) for own, option in zip(options, chosen, strict=True)))
-    together = [_joint([own[i] for own, i in zip(options, end, strict=True)]) for end in sorted(ends)]
-    return _best(together, set(), price).axis
+    return ends
 
 
 def _joint(chosen: list[_Option]) -> _Option:

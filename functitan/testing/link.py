@@ -38,7 +38,9 @@ def slow_link(mesh: Mesh, bandwidth: float) -> Iterator[Mesh]:
     transport = mesh.transport
     name = transport.name if transport.name == "virtual" else "link"
     with ThreadPoolExecutor(1, "link") as link:
-        delayed = {kind: _delayed(kind, transport, mesh, bandwidth, link) for kind in FORMULAS}
+        delayed = {
+            kind: _delayed(kind, transport, mesh, bandwidth, link) for kind in Transport._fields if kind in FORMULAS
+        }
         yield mesh._replace(transport=transport._replace(name=name, group=None, **delayed))
 
 
