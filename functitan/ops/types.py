@@ -6,6 +6,7 @@ hide. The axes of one op have one global size each.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -13,11 +14,14 @@ from torch import Tensor
 from functitan.axes import Axes, write_axes
 from functitan.errors import LayoutError, PatternError, RulesError, report
 from functitan.ops.function import Hidden, Hiddens, hidden_axes
-from functitan.sharding.context import Env
+from functitan.sharding.context import Env, nowhere
 from functitan.sharding.contraction import Contraction, Term
 from functitan.sharding.layout import FIX_RULE, FIX_SIZES, Layout, divisibility, layout_of
+from functitan.sharding.mesh import MeshSizes
 from functitan.sharding.rules import AxisRules, unknown_names
 from functitan.sharding.steps import Label
+
+Shapes = tuple[tuple[int, ...], ...]
 
 
 class Type(NamedTuple):
@@ -81,7 +85,23 @@ def resolve(
     """The contraction in full layouts with the size of each axis, and the hidden axes of operands and of results."""
     assert env.mesh is not None
     shown = frozenset(axis for t in (*typed.operands, *typed.results) for axis in t.axes)
-    hidden = [hidden_axes(x, env, shown) for x in tensors]
+    hidden = tuple(hidden_axes(x, env, shown) for x in tensors)
+    shapes = tuple(tuple(x.shape) for x in tensors)
+    if env.ledger is not None:  # which notes the patterns that are looked up
+        return _resolved(typed, hidden, shapes, env, label)
+    return _known(typed, hidden, shapes, env.rules, env.mesh.sizes, label)
+
+
+@lru_cache(maxsize=2**14)  # shapes are part of the key: lengths may vary without end
+def _known(
+    typed: Contraction, hidden: tuple[Hiddens, ...], shapes: Shapes, rules: AxisRules, mesh: MeshSizes, label: Label
+) -> tuple[Contraction, tuple[Any, Any]]:
+    return _resolved(typed, hidden, shapes, Env(nowhere(mesh), rules), label)
+
+
+def _resolved(
+    typed: Contraction, hidden: tuple[Hiddens, ...], shapes: Shapes, env: Env, label: Label
+) -> tuple[Contraction, tuple[Any, Any]]:
     of_results: list[Hiddens] = []
     for r in range(len(typed.results)):
         found = {h for term in typed.terms if term.result == r for i in term.operands for h in hidden[i]}
@@ -92,10 +112,10 @@ def resolve(
     except RulesError:
         _check_names(typed, env, label)  # which names every tensor at fault
         raise
-    shapes = [tuple(h.size for h in own) + tuple(x.shape) for x, own in zip(tensors, hidden, strict=True)]
-    sizes = _global_sizes(operands, shapes, dict(typed.sizes), env, label)
+    full = [tuple(h.size for h in own) + shape for shape, own in zip(shapes, hidden, strict=True)]
+    sizes = _global_sizes(operands, full, dict(typed.sizes), env, label)
     _check_divides(results, sizes, env, label)
-    return Contraction(operands, results, typed.terms, tuple(sizes.items())), (tuple(hidden), tuple(of_results))
+    return Contraction(operands, results, typed.terms, tuple(sizes.items())), (hidden, tuple(of_results))
 
 
 def check_cotangents(operands: list[tuple[Axes, Layout, Layout]], label: Label, env: Env) -> None:

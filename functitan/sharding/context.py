@@ -110,6 +110,11 @@ _NOBODY = Transport("alone", _no_message, _no_message, _no_message, _no_message,
 _ALONE = Mesh(MeshSizes((), ()), (), _NOBODY)
 
 
+def nowhere(sizes: MeshSizes) -> Mesh:
+    """A mesh to look layouts up in: of no rank, which sends nothing."""
+    return Mesh(sizes, (), _NOBODY)
+
+
 _CURRENT: ContextVar[Env] = ContextVar("functitan", default=Env())  # noqa: B039 (an Env is immutable)
 
 

@@ -35,7 +35,8 @@ def float8(
 
     All three products are: `y = x w`, `dx = g w^T`, `dw = x^T g`. An operand becomes `x / scale` on its shard, and
     travels so: in half the bytes of bfloat16. Products sum in float32, and have the dtype that they have without
-    float8, that of `ft.precision`. Scales are those of the global tensor, so every mesh rounds alike. The recipes:
+    float8, that of `ft.precision`. Scales are those of the global tensor, so every mesh rounds alike; inside
+    `ft.accumulate`, and in a pipeline, those of a microbatch of one replica. The recipes:
 
     - "tensorwise": one scale for each tensor, its largest magnitude over 448 (e4m3) or 57344 (e5m2).
     - "rowwise": one for each position of the axes that the product keeps, so an operand has others in each product.
