@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -43,7 +44,7 @@ OF_PASSES = CONFIG._replace(num_layers=2)  # which join and keep apart what bloc
 RULES = llama.RULES
 STORED = RULES.replace(embed=None, mlp=("fsdp", "tp"))  # of optimizer state: another table than the parameters'
 BATCH, SEQ, STEPS = 4, 8, 2
-MESHES = ["none", "fsdp=2", "fsdp=2,tp=2", "fsdp=2,cp=2", "gloo:fsdp=2", "gloo:tp=2"]
+MESHES = ["none", "fsdp=2", "fsdp=2,tp=2", "fsdp=2,cp=2", "gloo:fsdp=2", "gloo:tp=2", "other:tp=2"]
 policies = ft.remat_policies
 
 
@@ -303,9 +304,12 @@ def both(mesh: Any, inductor: str) -> tuple[Cells, Cells]:
     return wrappers(mesh, every_wrapper(inductor)), passes(mesh, pass_sets())
 
 
-def in_process(sizes: dict[str, int], inductor: str) -> tuple[Cells, Cells]:
+def in_process(sizes: dict[str, int], inductor: str, backend: str) -> tuple[Cells, Cells]:
     torch.set_num_threads(1)
-    return both(ft.make_mesh(**sizes), inductor)
+    if backend == "other":  # one that torch does not know
+        create = lambda store, rank, size, timeout: dist.ProcessGroupGloo(store, rank, size, timeout)
+        dist.Backend.register_backend(backend, create, devices=["cpu"])
+    return both(ft.make_mesh(**sizes, backend=backend), inductor)
 
 
 def worst(ranks: list[Cells]) -> Cells:
@@ -318,13 +322,16 @@ def worst(ranks: list[Cells]) -> Cells:
 
 
 def on_mesh(name: str, inductor: str) -> tuple[Cells, Cells]:
-    """The cells of a mesh: "none", sizes as in "fsdp=2,tp=2" for a virtual one, "gloo:" before them for processes."""
+    """The cells of a mesh: "none", sizes as in "fsdp=2,tp=2" for a virtual one, a backend before them for processes.
+
+    "other:" is a backend that is registered with torch by name.
+    """
     if name == "none":
         return both(None, inductor)
     kind, _, written = name.rpartition(":")
     sizes = {dim: int(n) for dim, n in (part.split("=") for part in written.split(","))}
-    if kind == "gloo":
-        ranks = ft.launch(in_process, sizes, inductor, nprocs=math.prod(sizes.values()))
+    if kind:
+        ranks = ft.launch(in_process, sizes, inductor, kind, nprocs=math.prod(sizes.values()))
     else:  # where the captured graph runs without Inductor
         ranks = ft.simulate(**sizes)(lambda mesh: both(mesh, "none"))()
     of_wrappers, of_passes = zip(*ranks, strict=True)  # of all ranks

@@ -89,14 +89,21 @@ def resolve(
     shapes = tuple(tuple(x.shape) for x in tensors)
     if env.ledger is not None:  # which notes the patterns that are looked up
         return _resolved(typed, hidden, shapes, env, label)
-    return _known(typed, hidden, shapes, env.rules, env.mesh.sizes, label)
+    return _known(typed, hidden, shapes, env.mesh.sizes, env.rules, env.vmap_axes, label)
 
 
 @lru_cache(maxsize=2**14)  # shapes are part of the key: lengths may vary without end
 def _known(
-    typed: Contraction, hidden: tuple[Hiddens, ...], shapes: Shapes, rules: AxisRules, mesh: MeshSizes, label: Label
+    typed: Contraction,
+    hidden: tuple[Hiddens, ...],
+    shapes: Shapes,
+    mesh: MeshSizes,
+    rules: AxisRules,
+    vmap_axes: tuple[tuple[int, str], ...],
+    label: Label,
 ) -> tuple[Contraction, tuple[Any, Any]]:
-    return _resolved(typed, hidden, shapes, Env(nowhere(mesh), rules), label)
+    """The same, of all that an `Env` says of layouts."""
+    return _resolved(typed, hidden, shapes, Env(nowhere(mesh), rules, vmap_axes=vmap_axes), label)
 
 
 def _resolved(
