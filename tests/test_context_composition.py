@@ -180,3 +180,25 @@ def test_memory_of_a_rank_grows_with_its_part_of_the_sequence():
 
     assert peak(8192, 4) <= 1.02 * peak(4096, 2)  # less of the parameters, and two more messages on their way
     assert 1.7 * peak(4096, 2) <= peak(8192, 2) <= 2 * peak(4096, 2)
+
+
+@pytest.mark.parametrize("wrap", [ft.jit, ft.compile])
+def test_captured_ranks_send_alike_where_one_uses_nothing_that_comes(wrap):
+    """Of contiguous tokens the first rank sees no key of another: eagerly it sends its own on all the same."""
+
+    def run(mesh):
+        q = ft.shard(torch.ones(1, 6, 2, 4, dtype=torch.float64).cumsum(1), Q, mesh=mesh, rules=RULES)
+        attend = lambda q: ft.attention(f"{Q}, {Q}", q, q, q, causal=True)
+        ring = ft.context_parallel(attend, method="ring")
+        loss = lambda fn: ft.grad(lambda q: ft.reduce(f"{Q} ->", fn(q) ** 2))
+        ours = ft.jit(loss(ring), backend="graph") if wrap is ft.jit else loss(ft.compile(ring, backend="graph"))
+        found = []
+        for fn in (loss(ring), ours):
+            with ft.record() as ledger:
+                out = ft.spmd(fn, mesh=mesh, rules=RULES)(q)
+            found.append((out, [entry[:4] for entry in ledger if entry.collective == "permute"]))
+        return found
+
+    for (plain, sent), (captured, again) in ft.simulate(cp=3)(run)():
+        torch.testing.assert_close(captured, plain, rtol=1e-10, atol=1e-10)  # float64
+        assert again == sent != []

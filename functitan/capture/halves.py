@@ -73,8 +73,8 @@ def trace_halves(
         problem = "it checks whether values are finite, which one part of a step cannot stop at"
         raise CaptureError(report(what, [problem], "capture the whole step: ft.jit(fn)"))
     if not known["given"]:
-        count = len(known["results"])
-        return Halves(_part(program, *_forward(program, count, ())), None, (), (), ())
+        *nodes, output = program.graph.graph.nodes
+        return Halves(_forward(program, nodes, output.args[0][: len(known["results"])]), None, (), (), ())
     return _cut(program, len(known["results"]), known["differentiable"], known["given"])
 
 
@@ -95,7 +95,7 @@ def _cut(program: Program, count: int, differentiable: tuple[int, ...], given: t
             row[node] = len(inputs) + count + len(extra)
             extra.append(node)
     saved = sorted(kept, key=row.__getitem__)
-    forward = _part(program, *_forward(program, count, extra))
+    forward = _forward(program, nodes[:border], [*results, *extra])
     backward = Graph()
     new: dict[Node, Node] = {}
     for i, node in enumerate([*saved, *marks]):
@@ -108,15 +108,14 @@ def _cut(program: Program, count: int, differentiable: tuple[int, ...], given: t
     return Halves(forward, _part(program, backward, fakes), tuple(row[x] for x in saved), differentiable, given)
 
 
-def _forward(program: Program, count: int, extra: Sequence[Node]) -> tuple[Graph, tuple[Tensor, ...]]:
-    """The whole graph with other outputs: what they do not need falls away."""
+def _forward(program: Program, nodes: Sequence[Node], outputs: Sequence[Node]) -> Program:
+    """These nodes alone, with these outputs: what they do not need falls away."""
     graph, new = Graph(), {}
-    *nodes, output = program.graph.graph.nodes
     for node in nodes:
         new[node] = graph.node_copy(node, new.__getitem__)
-    graph.output(tuple(new[node] for node in (*output.args[0][:count], *extra)))
+    graph.output(tuple(new[node] for node in outputs))
     graph.eliminate_dead_code()
-    return graph, program.inputs
+    return _part(program, graph, program.inputs)
 
 
 def _part(program: Program, graph: Graph, inputs: tuple[Tensor, ...]) -> Program:

@@ -26,6 +26,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define("own(Tensor x, int axis, int mesh, str dim) -> Tensor")
 COLLECTIVE = torch.ops.functitan.collective.default
+torch.fx.node.has_side_effect(COLLECTIVE)  # the other ranks send theirs, also where this one uses nothing that comes
 _PRODUCT = re.compile(r"aten\.(\w*mm|_scaled_dot_product\w*)\.|functitan_regions\.")  # what takes time to speak of
 OWN = torch.ops.functitan.own.default  # the part of an axis that is of this rank's number along a mesh dim: of size 1
 
