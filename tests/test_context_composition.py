@@ -133,7 +133,13 @@ def test_a_second_derivative_gathers_keys_or_says_that_a_ring_has_none():
     assert_close(found, ft.hvp(loss, (q,), (q,)))
 
 
-GLOO = [("ring", False), ("all_to_all", False), ("ring", True)]  # (method, captured)
+GLOO = [
+    ("ring", True, False),
+    ("ring", False, False),
+    ("all_to_all", True, False),
+    ("ring", True, True),
+    ("ring", False, True),
+]  # (method, zigzag, captured)
 
 
 def _on_gloo() -> list:
@@ -142,30 +148,35 @@ def _on_gloo() -> list:
     return [_attended(mesh, *way) for way in GLOO]
 
 
-def _attended(mesh, method: str, captured: bool) -> tuple:
-    """Zigzag, and packed in eager: gradients, and the collectives that were sent."""
-    *tensors, marks = values(SIZES, [] if captured else ["segments"])
+def _attended(mesh, method: str, zigzag: bool, captured: bool) -> tuple:
+    """Gradients, and the bytes of each message in a ring; packed in eager, where data lies zigzag."""
+    *tensors, marks = values(SIZES, [] if captured or not zigzag else ["segments"])
     patterns = (Q, KV, KV, Q, *["batch seq"] * len(marks))
 
     def loss(q, k, v, g, *segments):
         out = ft.attention(PATTERN, q, k, v, segments=segments[0] if segments else None, causal=True)
         return ft.reduce(f"{Q} ->", out * g)
 
-    step = ft.context_parallel(ft.grad(loss, argnums=(0, 1, 2)), method=method, order="zigzag")
+    step = ft.context_parallel(ft.grad(loss, argnums=(0, 1, 2)), method=method, order="zigzag" if zigzag else None)
     step = ft.jit(step) if captured else step
-    given = ft.zigzag((*tensors, *marks.values()), patterns, mesh=mesh)
+    given = (*tensors, *marks.values())
+    given = ft.zigzag(given, patterns, mesh=mesh) if zigzag else given
     with ft.record() as ledger:
         out = ft.spmd(step, mesh=mesh, rules=RULES)(*ft.shard(given, patterns, mesh=mesh, rules=RULES))
     out = ft.unshard(out, (Q, KV, KV), mesh=mesh, rules=RULES)
-    return ft.zigzag(out, (Q, KV, KV), mesh=mesh, inverse=True), [e.collective for e in ledger]
+    out = ft.zigzag(out, (Q, KV, KV), mesh=mesh, inverse=True) if zigzag else out
+    return out, [e.bytes for e in ledger if e.collective == "permute"]
 
 
 def test_processes_have_the_gradients_of_one():
-    for ways in ft.launch(_on_gloo, nprocs=2):
-        for (method, captured), (found, sent) in zip(GLOO, ways, strict=True):
-            *tensors, marks = values(SIZES, [] if captured else ["segments"])
+    batch, length, _, kv, dim = SIZES
+    part = 2 * batch * (length // 2) * kv * dim * 8  # of keys and values
+    for rank, ways in enumerate(ft.launch(_on_gloo, nprocs=2)):
+        for (method, zigzag, captured), (found, sent) in zip(GLOO, ways, strict=True):
+            *tensors, marks = values(SIZES, [] if captured or not zigzag else ["segments"])
             assert_close(found, tuple(expected(*tensors, OPTIONS | NOTHING | marks)[1:]))
-            assert sent.count("permute") == (3 if method == "ring" else 0)
+            of_contiguous = [0, 0, part] if rank else [part, part, 0]  # keys go up, and their gradients down
+            assert sent == ([] if method != "ring" else [part] * 3 if zigzag else of_contiguous)
 
 
 def test_memory_of_a_rank_grows_with_its_part_of_the_sequence():

@@ -17,7 +17,14 @@ LAYERS = [
     ["errors", "tree"],
     ["axes", "param", "random"],
     ["sharding.mesh", "sharding.rules", "sharding.layout", "sharding.contraction", "sharding.moves", "sharding.choice"]
-    + ["sharding.plan", "sharding.rings", "sharding.precision", "sharding.float8", "sharding.sequence"],
+    + [
+        "sharding.plan",
+        "sharding.rings",
+        "sharding.passing",
+        "sharding.precision",
+        "sharding.float8",
+        "sharding.sequence",
+    ],
     ["sharding.context", "sharding.distributed", "sharding.virtual", "sharding.ledger", "sharding.program"]
     + ["sharding.memo", "sharding.symmetric", "sharding.deferred", "sharding.point_to_point", "sharding.messages"]
     + ["sharding.agreement", "sharding.steps", "sharding.collectives", "sharding.explain", "sharding.init"]

@@ -46,7 +46,7 @@ class Program(NamedTuple):
         found: list[Entry] = []
         for node in self.graph.graph.nodes:
             if is_collective(node):
-                found.append(entry_of(node))
+                found.append(entry_of(node, self.meshes))
             elif node.target in self.calls:
                 found += self.calls[node.target].program.entries()
         return found

@@ -14,6 +14,7 @@ from torch import Tensor
 from functitan.axes import Axes
 from functitan.ops.arithmetic import Arithmetic, Value
 from functitan.sharding.context import Env
+from functitan.sharding.passing import Passing
 from functitan.sharding.rules import Dims
 from functitan.sharding.steps import Label, start
 
@@ -70,4 +71,4 @@ class Ring(NamedTuple):
 
     def pass_on(self, x: Tensor) -> Callable[[], Tensor]:
         """Send to the next rank of the ring; what waits for the tensor of the one before."""
-        return start("permute", x, self.dims, self.env, self.label, 1)
+        return start("permute", x, self.dims, self.env, self.label, Passing(1))

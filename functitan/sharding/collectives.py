@@ -16,6 +16,7 @@ from functitan.errors import MeshError, report
 from functitan.sharding.context import Env, current
 from functitan.sharding.mesh import Mesh, check_dim
 from functitan.sharding.moves import Step, View
+from functitan.sharding.passing import Passing
 from functitan.sharding.rules import Dims
 from functitan.sharding.steps import Label, reduced, run_step, send
 
@@ -72,7 +73,7 @@ class _Linear(NamedTuple):
         assert mesh is not None
         n = mesh.sizes.size(self.dims)
         if self.kind == "permute":
-            return send("permute", x, self.dims, self.env, label, self.places[0])
+            return send("permute", x, self.dims, self.env, label, Passing(self.places[0]))
         if self.kind == "all_reduce":
             return reduced(x, Step("all_reduce", self.dims), self.env, label, self.places[0], self.dtype)
         views = [View(axis, (n,), (0,)) for axis in self.places]

@@ -190,13 +190,13 @@ def _transport(group: Callable[[Dims], tuple[str, int, int]], agree: Callable[..
     def all_to_all(x, dims, note):
         return run("all_to_all", x, dims, note, exchange)
 
-    def permute(x, dims, shift, note):
+    def permute(x, dims, passing, note):
         def pass_on(x, name, n, me):
-            send, receive = [0] * n, [0] * n
-            send[(me + shift) % n] = receive[(me - shift) % n] = 1
-            return ops.all_to_all_single(x, receive, send, name)
+            receive, send = passing.splits(n, me)
+            return ops.all_to_all_single(x if any(send) else x.new_empty((0, *x.shape[1:])), receive, send, name)
 
-        return run("permute", x.unsqueeze(0), dims, note, pass_on, _only)
+        come = lambda y: _only(y) if len(y) else y.new_zeros(y.shape[1:])
+        return run("permute", x.unsqueeze(0), dims, note, pass_on, come)
 
     return Transport(
         "distributed", all_gather, reduce_scatter, all_reduce, all_to_all, permute, agree, group, exchanges

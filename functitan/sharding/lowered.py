@@ -16,6 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from functitan.sharding.context import within
 from functitan.sharding.ledger import Entry
 from functitan.sharding.mesh import Mesh
+from functitan.sharding.passing import read_passing
 from functitan.sharding.traced import OWN, Collective, collective_of, emit, entry_of, is_collective, options_of
 
 
@@ -30,7 +31,7 @@ def lower_collectives(graph: GraphModule, meshes: tuple[Mesh, ...], compiled: bo
             at = meshes[mesh].index((dim,))
             node.target, node.args = torch.ops.aten.slice.Tensor, (x, axis, at, at + 1)
         if is_collective(node):
-            its, entry = collective_of(node), entry_of(node)
+            its, entry = collective_of(node), entry_of(node, meshes)
             mesh = meshes[its.mesh]
             with graph.graph.inserting_before(node):
                 new = _started(graph.graph, its, mesh) if compiled else _called(graph.graph, its, entry, mesh)
@@ -79,9 +80,10 @@ def _started(graph: Graph, its: Collective, mesh: Mesh) -> Node:
             return call(ops.all_reduce.default, its.x, its.detail, name)
         case "reduce_scatter" | "all_to_all":
             return call(ops.all_to_all_single.default, its.x, [1] * n, [1] * n, name)
-    send, receive, shift = [0] * n, [0] * n, int(its.detail)
-    send[(me + shift) % n] = receive[(me - shift) % n] = 1
-    return call(ops.all_to_all_single.default, call(torch.ops.aten.unsqueeze.default, its.x, 0), receive, send, name)
+    receive, send = read_passing(its.detail).splits(n, me)
+    sent = call(torch.ops.aten.unsqueeze.default, its.x, 0)
+    sent = sent if any(send) else call(torch.ops.aten.slice.Tensor, sent, 0, 0, 0)
+    return call(ops.all_to_all_single.default, sent, receive, send, name)
 
 
 def _finished(graph: Graph, its: Collective, sent: Node, mesh: Mesh) -> Node:
@@ -89,4 +91,7 @@ def _finished(graph: Graph, its: Collective, sent: Node, mesh: Mesh) -> Node:
     if its.kind == "reduce_scatter" and mesh.transport.exchanges:
         reduction = torch.ops.aten.sum.dim_IntList if its.detail == "sum" else torch.ops.aten.amax.default
         return emit(graph, reduction, done, [0])
+    if its.kind == "permute" and not read_passing(its.detail).reaches(mesh.index(its.mesh_dims)):
+        like = its.x.meta["val"]
+        return emit(graph, torch.ops.aten.full.default, like.shape, 0, dtype=like.dtype, device=like.device)
     return emit(graph, torch.ops.aten.squeeze.dim, done, 0) if its.kind in ("reduce_scatter", "permute") else done

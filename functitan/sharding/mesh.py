@@ -61,7 +61,7 @@ class Transport(NamedTuple):
     reduce_scatter: Callable[..., Wait]  # (x: [N, ...], dims, op, note) -> () -> x.shape[1:]
     all_reduce: Callable[..., Wait]  # (x, dims, op, note) -> () -> x.shape
     all_to_all: Callable[..., Wait]  # (x: [N, ...], dims, note) -> () -> [N, ...]: row j goes to rank j
-    permute: Callable[..., Wait]  # (x, dims, shift, note) -> () -> x of the rank `shift` places before
+    permute: Callable[..., Wait]  # (x, dims, passing, note) -> () -> x of the rank `passing.shift` places before
     agree: Callable[..., None]  # (program, wait=True, everyone=False)
     group: Callable[..., Any] | None = None  # (dims) -> (its c10d name, number of ranks, this rank's number)
     exchanges: bool = False  # a reduce-scatter runs as an all-to-all of the same bytes, and a sum

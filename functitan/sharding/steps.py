@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from functitan.sharding.context import Env
-from functitan.sharding.ledger import FORMULAS, Entry
+from functitan.sharding.ledger import Entry, bytes_sent
 from functitan.sharding.mesh import Wait
 from functitan.sharding.moves import Step, View
+from functitan.sharding.passing import Passing
 from functitan.sharding.precision import narrowed
 from functitan.sharding.program import describe
 from functitan.sharding.rules import Dims
@@ -178,7 +179,7 @@ def start(kind: str, x: Tensor, dims: Dims, env: Env, label: Label, *options: An
 
 def enter_fused(x: Tensor, dims: Dims, env: Env, label: Label) -> None:
     """Enter a `permute` of `x` that an op sends by itself, beside what it computes."""
-    _entered("permute", x, dims, env, label, (1,), hidden=True)
+    _entered("permute", x, dims, env, label, (Passing(1),), hidden=True)
 
 
 def _captured(kind: str, x: Tensor, dims: Dims, env: Env, label: Label, *options: Any) -> Tensor:
@@ -193,7 +194,8 @@ def _entered(kind: str, x: Tensor, dims: Dims, env: Env, label: Label, options: 
     assert env.mesh is not None
     entry = None
     if env.ledger is not None or env.profiled:
-        nbytes = FORMULAS[kind](x.numel() * x.element_size(), env.mesh.sizes.size(dims))
+        n, me = env.mesh.sizes.size(dims), env.mesh.index(dims)
+        nbytes = bytes_sent(kind, x.numel() * x.element_size(), n, me, options)
         entry = env.entry(kind, dims, nbytes, x.dtype, *label)._replace(hidden=hidden)
         if env.ledger is not None:
             env.ledger.entries.append(entry)

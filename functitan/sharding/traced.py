@@ -7,15 +7,17 @@ passes and ledgers read it from the graph alone. The ops have shapes and no kern
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node, map_arg
+from torch.fx.node import has_side_effect
 
-from functitan.sharding.ledger import FORMULAS, Entry
+from functitan.sharding.ledger import Entry, bytes_sent
 from functitan.sharding.mesh import Mesh
+from functitan.sharding.passing import read_passing
 from functitan.sharding.rules import Dims
 
 # torch.library.Library and its Meta kernels as graph ops: tried on torch 2.13
@@ -26,7 +28,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define("own(Tensor x, int axis, int mesh, str dim) -> Tensor")
 COLLECTIVE = torch.ops.functitan.collective.default
-torch.fx.node.has_side_effect(COLLECTIVE)  # the other ranks send theirs, also where this one uses nothing that comes
+has_side_effect(COLLECTIVE)  # the other ranks send theirs, also where this one uses nothing that comes
 _PRODUCT = re.compile(r"aten\.(\w*mm|_scaled_dot_product\w*)\.|functitan_regions\.")  # what takes time to speak of
 OWN = torch.ops.functitan.own.default  # the part of an axis that is of this rank's number along a mesh dim: of size 1
 
@@ -56,7 +58,7 @@ class Collective(NamedTuple):
     mesh: int
     size: int
     dims: str
-    detail: str  # the reduction of a reduce-scatter or all-reduce, the shift of a permute
+    detail: str  # the reduction of a reduce-scatter or all-reduce, a permute's `Passing`
     op: str
     pattern: str
     phase: str
@@ -89,11 +91,11 @@ def collective_of(node: Node) -> Collective:
     return Collective(*fields)
 
 
-def entry_of(node: Node) -> Entry:
+def entry_of(node: Node, meshes: Sequence[Mesh]) -> Entry:
     """What a captured collective enters into a ledger; hidden where a product stands between it and its first use."""
     its = collective_of(node)
-    x = its.x.meta["val"]
-    sent = FORMULAS[its.kind](x.numel() * x.element_size(), its.size)
+    x, me = its.x.meta["val"], meshes[its.mesh].index(its.mesh_dims)
+    sent = bytes_sent(its.kind, x.numel() * x.element_size(), its.size, me, options_of(its))
     after, hidden = node.next, False
     while after not in node.users and after.op != "output" and not hidden:
         hidden, after = _PRODUCT.search(str(after.target)) is not None, after.next
@@ -105,7 +107,7 @@ def options_of(its: Collective) -> tuple:
     """The arguments of the transport's function between dims and label."""
     if its.kind in ("reduce_scatter", "all_reduce"):
         return (its.detail,)
-    return (int(its.detail),) if its.kind == "permute" else ()
+    return (read_passing(its.detail),) if its.kind == "permute" else ()
 
 
 def unsent(kind: str, x: Tensor, size: int) -> Tensor:

@@ -199,8 +199,12 @@ def _transport(table: _Table, sizes: MeshSizes, coordinate: tuple[int, ...]) -> 
     def all_to_all(x, dims, note):
         return meet("all_to_all", x, dims, note, lambda xs: [torch.stack([x[i] for x in xs]) for i in range(len(xs))])
 
-    def permute(x, dims, shift, note):
-        return meet("permute", x, dims, note, lambda xs: [xs[(i - shift) % len(xs)].clone() for i in range(len(xs))])
+    def permute(x, dims, passing, note):
+        def combine(xs):
+            come = [xs[(i - passing.shift) % len(xs)] for i in range(len(xs))]
+            return [x.clone() if passing.reaches(i) else torch.zeros_like(x) for i, x in enumerate(come)]
+
+        return meet(f"permute {passing}", x, dims, note, combine)
 
     def agree(program, wait=True, everyone=False):
         if wait:  # else it leaves with an error, which the table shows

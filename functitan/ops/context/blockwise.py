@@ -2,8 +2,8 @@
 
 Invariant: keys and values travel in the dtype and with the heads that they have, the next block while this one is
 computed; backward saves the queries, the rank's own keys and values, the output and its logsumexp, and lets the
-gradients of keys and values travel home. A tile that nothing lets through is neither computed nor, where no rank needs
-it, sent.
+gradients of keys and values travel home. A tile that nothing lets through is not computed, and a block
+passes only ranks that need a tile of it, or on its way to one.
 
 Liu et al., Ring Attention with Blockwise Transformers, 2023; Dao, FlashAttention-2, 2023.
 """
@@ -11,7 +11,6 @@ Liu et al., Ring Attention with Blockwise Transformers, 2023; Dao, FlashAttentio
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -21,11 +20,13 @@ from functitan.errors import FunctitanError, report
 from functitan.ops.chunked_loss import high
 from functitan.ops.context.kernel import merged, tile, tile_gradients
 from functitan.ops.context.masks import Numbers, Rule, Side, seen
+from functitan.ops.context.route import Stop
 from functitan.ops.context.tiles import Tile, tiles
 from functitan.ops.contraction import lift
 from functitan.ops.function import Call, Hidden, Op, apply, hidden_axes
 from functitan.ops.types import Type, check_cotangents
 from functitan.sharding.context import Env
+from functitan.sharding.passing import Passing
 from functitan.sharding.rules import Dims
 from functitan.sharding.sequence import Runs, positions_of
 from functitan.sharding.steps import Label, start
@@ -49,7 +50,7 @@ class Static(NamedTuple):
     rows: Runs  # the positions of this rank's queries
     columns: tuple[Runs, ...]  # those of each block of keys: its own, then as they come around the ring
     blocks: tuple[int, ...]  # the number of each, in the order of slots
-    hops: tuple[int, ...]  # how far each has come, the own one 0
+    stops: tuple[Stop, ...]  # the way of each around the ring
     dims: Dims  # of the ring
     numbers: Numbers
     marks: tuple[bool, ...]
@@ -68,7 +69,7 @@ def blockwise(static: Static, q: Tensor, k: Tensor, v: Tensor, marks: tuple[Tens
 def _run(call: Call, q: Tensor, k: Tensor, v: Tensor, *marks: Tensor) -> tuple[Tensor, Tensor]:
     """(output, logsumexp [*batch, heads, rows]) of this rank's queries."""
     static, env = call.static, call.env
-    own, keys = _heads_first(q), torch.stack([k, v]) if static.hops[1:] else (k, v)
+    own, keys = _heads_first(q), torch.stack([k, v]) if static.dims else (k, v)
     state = None
     for block, (kb, vb) in enumerate(_travelling(keys, static, env)):
         kb, vb = _heads_first(kb), _heads_first(vb)
@@ -107,19 +108,16 @@ def _vjp(
 
 
 def _run_gradients(call: Call, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-    """Each block's gradients travel with it, and get what each rank adds; the last hop brings them home."""
+    """Each block's gradients travel with it, and get what each rank adds; from the last that does, they go home."""
     static, env = call.static, call.env
     *marks, out, lse, g = rest
     own, out, g = _heads_first(q), _heads_first(out), _heads_first(g.to(q.dtype))
     lse = lse.masked_fill(lse == -torch.inf, 0.0).view(own.shape[:-1])
-    keys, width = torch.stack([k, v]) if static.hops[1:] else (k, v), high(q.dtype)
+    keys, width = torch.stack([k, v]) if static.dims else (k, v), high(q.dtype)
     travels = q.dtype if env.precision is None else env.precision.reduces(static.dims, q.dtype)
-    assert env.mesh is not None
-    home = env.mesh.sizes.size(static.dims)
     dq = torch.zeros_like(own, dtype=width)
-    at_home: Tensor | None = None
-    coming: Callable[[], Tensor] | None = None
-    for block, (kb, vb) in enumerate(_travelling(keys, static, env)):
+    total, onward, home = None, None, None  # gradients of the own block, and those under way: of the next, of the own
+    for block, (stop, (kb, vb)) in enumerate(zip(static.stops, _travelling(keys, static, env), strict=True)):
         kb, vb = _heads_first(kb), _heads_first(vb)
         added = torch.zeros((2, *kb.shape), dtype=width, device=kb.device)
         for part, hidden in _masked_tiles(static, block, own, tuple(marks)):
@@ -129,15 +127,11 @@ def _run_gradients(call: Call, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -
             dq[:, :, rows] += of_q
             added[0, :, :, cols] += of_k
             added[1, :, :, cols] += of_v
-        if block == 0:
-            at_home = added
-            continue
-        added = added if coming is None else added + coming().to(width)
-        then = static.hops[block + 1] if block + 1 < len(static.hops) else home
-        coming = start("permute", added.to(travels), static.dims, env, static.label, then - static.hops[block])
-    assert at_home is not None
-    total = at_home if coming is None else at_home + coming().to(width)
-    found = (dq, *total)
+        added = _plus(added, onward, static, env)
+        total = added if total is None else _plus(total, home, static, env)
+        home, onward = (_pass(added, travels, way, static, env) for way in (stop.home, stop.gradients))
+    assert total is not None
+    found = (dq, *_plus(total, home, static, env))
     return tuple(
         found[i].transpose(1, 2).to(q.dtype).reshape(x.shape) for i, x in enumerate((q, k, v)) if i in static.wanted
     )
@@ -159,12 +153,27 @@ _GRADIENTS = Op("gradients of attention", _run_gradients, _no_derivative, _no_de
 
 def _travelling(keys: Any, static: Static, env: Env) -> Iterator[tuple[Tensor, Tensor]]:
     """Each block of keys and values that some rank needs, the next on its way while this one is used."""
-    for now, then in pairwise((*static.hops, None)):
-        assert now is not None
-        coming = None if then is None else start("permute", keys, static.dims, env, static.label, then - now)
+    for stop in static.stops:
+        coming = stop.keys and start("permute", keys, static.dims, env, static.label, stop.keys)
         yield keys[0], keys[1]
-        if coming is not None:
-            keys = coming()
+        keys = coming and coming()
+
+
+_Sent = tuple[Passing, Callable[[], Tensor]] | None  # what is on its way, and what waits for it
+
+
+def _pass(x: Tensor, dtype: torch.dtype, passing: Passing | None, static: Static, env: Env) -> _Sent:
+    return passing and (passing, start("permute", x.to(dtype), static.dims, env, static.label, passing))
+
+
+def _plus(x: Tensor, sent: _Sent, static: Static, env: Env) -> Tensor:
+    """`x` and what has come to this rank, if anything has."""
+    if sent is None:
+        return x
+    assert env.mesh is not None
+    passing, coming = sent
+    come = coming()
+    return x + come.to(x.dtype) if passing.reaches(env.mesh.index(static.dims)) else x
 
 
 def _masked_tiles(

@@ -18,7 +18,7 @@ from functitan.ops.context.blockwise import Static, Types, blockwise
 from functitan.ops.context.dense import dense
 from functitan.ops.context.masks import Marks, Numbers, Rule, Side, check_rule, seen
 from functitan.ops.context.method import Method, Work, choose
-from functitan.ops.context.tiles import hops
+from functitan.ops.context.route import Stop, route
 from functitan.ops.contraction import contract, lift, move
 from functitan.ops.function import Hiddens, hidden_axes, needs_second_derivative, peeled
 from functitan.ops.types import Type, layout_here, resolve
@@ -110,15 +110,16 @@ def _method(
     nbytes = q.numel() * q.element_size(), k.numel() * k.element_size()
     split = mesh.size(over) if aligned else 1
     work = Work(dims, sizes[heads] // mesh.size(over), sizes[kv_heads] // split, aligned, *nbytes, once)
-    counts = {dims[:at]: len(_hops(asked, dims[:at], sizes[seq], env)) for at in range(1, len(dims) + 1)}
+    counts = {dims[:at]: len(_route(asked, dims[:at], sizes[seq], env)) - 1 for at in range(1, len(dims) + 1)}
     return choose(work, counts, env.sequence, mesh, asked.label)
 
 
-def _hops(asked: Asked, dims: Dims, length: int, env: Env) -> tuple[int, ...]:
+def _route(asked: Asked, dims: Dims, length: int, env: Env) -> tuple[Stop, ...]:
     assert env.mesh is not None
     mesh, rule = env.mesh.sizes, asked.rule
     ranks = env.sequence.ranks(asked.axes[-3], mesh)
-    return hops(length, mesh.size(dims), ranks, rule.causal and asked.by_place, rule.window if asked.by_place else None)
+    causal, window = (rule.causal, rule.window) if asked.by_place else (False, None)
+    return route(length, mesh.size(dims), ranks, causal, window)
 
 
 def _layouts(asked: Asked, lq: Layout, lk: Layout, method: Method) -> tuple[_Layouts, bool]:
@@ -161,8 +162,8 @@ def _blockwise(
     assert env.mesh is not None
     axes, kv_axes, label, marks = asked.axes, asked.kv_axes, asked.label, asked.marks
     n, me = env.mesh.sizes.size(ring), env.mesh.index(ring)
-    shifts = (0, *_hops(asked, ring, k.shape[-3] * n, env)) if ring else (0,)
-    blocks = tuple((me - shift) % n for shift in shifts)
+    stops = _route(asked, ring, k.shape[-3] * n, env)
+    blocks = tuple((me - stop.shift) % n for stop in stops)
     columns = tuple(env.sequence.held(kv_axes[-3], k.shape[-3], ring, env.mesh, block) for block in blocks)
     if _is_plain(asked, rows, columns):
         return dense(q, k, v, None, asked.rule.causal, asked.scale, env, label)  # torch's own, as without a mesh
@@ -178,7 +179,7 @@ def _blockwise(
     there = tuple(x is not None for x in (*marks, *marks))
     places = _numbered(asked, layouts, q, env.mesh)
     check_rule(asked.rule, label, places, rows, q)
-    static = Static(types, asked.rule, rows, columns, blocks, shifts, ring, places, there, asked.scale, label)
+    static = Static(types, asked.rule, rows, columns, blocks, stops, ring, places, there, asked.scale, label)
     return blockwise(static, q, k, v, tuple(moved), env)
 
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
-from functitan.sharding.sequence import Run, Runs, runs
+from functitan.sharding.sequence import Run, Runs
 
 BLOCK = 512  # rows and columns of a masked tile at most: the tile that torch's CPU kernel skips by, too
 
@@ -54,19 +54,9 @@ def tiles(rows: Runs, columns: Runs, causal: bool, window: int | None, marked: b
     return tuple(_joined(found))
 
 
-@lru_cache(maxsize=2**12)  # lengths may vary without end
-def hops(length: int, ranks: int, zigzag: int, causal: bool, window: int | None) -> tuple[int, ...]:
-    """How far around the ring keys and values must travel: the distances at which some rank needs them.
-
-    >>> hops(64, 8, 1, True, 9), hops(64, 8, 8, True, 3)
-    ((1,), (1, 7))
-    """
-    held = [runs(length, zigzag, rank * (length // ranks), length // ranks) for rank in range(ranks)]
-
-    def needed(rank: int, shift: int) -> bool:
-        return any(_meet(row, col, causal, window) for row in held[rank] for col in held[(rank - shift) % ranks])
-
-    return tuple(shift for shift in range(1, ranks) if any(needed(rank, shift) for rank in range(ranks)))
+def meet(row: Run, column: Run, causal: bool, window: int | None) -> bool:
+    """Whether a query at some positions sees a key at others."""
+    return any(True for _ in _pieces(row, column, causal, window))
 
 
 def _of_row(row: Run, begin: int, columns: Runs, causal: bool, window: int | None, marked: bool) -> Iterator[Tile]:
@@ -104,10 +94,6 @@ def _cuts(row: Run, column: Run) -> bool:
     low, high = column.first, column.first + column.size
     first, end = row.first, row.first + row.size
     return max(first, low) < min(end, high) and not (low <= first and end <= high)
-
-
-def _meet(row: Run, column: Run, causal: bool, window: int | None) -> bool:
-    return any(True for _ in _pieces(row, column, causal, window))
 
 
 def _joined(found: list[Tile]) -> list[Tile]:
