@@ -15,6 +15,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from curves import text
 
 import functitan as ft
 from functitan.models import llama
@@ -30,15 +31,6 @@ RECIPES = {
     "mxfp8": {},
 }
 BOUND, LAST = 0.02, 20
-
-
-def text(steps: int, seq: int, batch: int) -> list[dict[str, torch.Tensor]]:
-    stream = ft.data.token_stream(ft.data.stdlib_documents(), ft.data.encoding("bytes"), seq, batch)
-    batches, cursor = [], ft.data.Cursor()
-    for _ in range(steps):
-        data, cursor = stream.next_batch(cursor)
-        batches.append(data)
-    return batches
 
 
 def losses(name: str, config: llama.LlamaConfig, batches: list[dict[str, torch.Tensor]], emulate: bool) -> list[float]:

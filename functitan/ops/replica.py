@@ -7,6 +7,8 @@ and local tensors do not show it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -66,13 +68,17 @@ def merge_scalars(values: list[Tensor], dims: Dims) -> list[Tensor]:
     """The sums of the replicas' scalars, in one all-reduce for each dtype."""
     if current().mesh is None or not dims:
         return values
+    return in_rows(values, lambda row: merge(("_scalars",), row, dims))
+
+
+def in_rows(scalars: list[Tensor], sum_row: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Scalars after `sum_row`, which takes all of one dtype at once."""
     of_dtype: dict[torch.dtype, list[int]] = {}
-    for i, x in enumerate(values):
+    for i, x in enumerate(scalars):
         of_dtype.setdefault(x.dtype, []).append(i)
-    sums = list(values)
+    sums = list(scalars)
     for places in of_dtype.values():
-        total = merge(("_scalars",), torch.stack([values[i] for i in places]), dims)
-        for i, x in zip(places, total.unbind(), strict=True):
+        for i, x in zip(places, sum_row(torch.stack([scalars[i] for i in places])).unbind(), strict=True):
             sums[i] = x
     return sums
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from functitan.ops.replica import in_rows
 from functitan.pipeline.edges import Spec
 from functitan.sharding.context import Env
 from functitan.sharding.mesh import Pending
@@ -35,16 +35,8 @@ def over_stages(values: list[Tensor], env: Env) -> list[Tensor]:
     """The sums of scalars over all stages, in one all-reduce for each dtype."""
     if env.pipeline is None:
         return values
-    of_dtype: dict[torch.dtype, list[int]] = {}
-    for i, x in enumerate(values):
-        of_dtype.setdefault(x.dtype, []).append(i)
-    sums = list(values)
-    for places in of_dtype.values():
-        row = torch.stack([values[i] for i in places])
-        total = run_step(row, Step("all_reduce", ("pp",)), env.of_all_stages(), Label("pipeline", "sums"))
-        for i, x in zip(places, total.unbind(), strict=True):
-            sums[i] = x
-    return sums
+    step, everywhere = Step("all_reduce", ("pp",)), env.of_all_stages()
+    return in_rows(values, lambda row: run_step(row, step, everywhere, Label("pipeline", "sums")))
 
 
 def shared_sums(grads: dict[str, Tensor], holders: dict[str, tuple[int, ...]], env: Env) -> None:
