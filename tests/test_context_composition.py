@@ -171,12 +171,11 @@ def _attended(mesh, method: str, zigzag: bool, captured: bool) -> tuple:
 def test_processes_have_the_gradients_of_one():
     batch, length, _, kv, dim = SIZES
     part = 2 * batch * (length // 2) * kv * dim * 8  # of keys and values
-    for rank, ways in enumerate(ft.launch(_on_gloo, nprocs=2)):
+    for ways in ft.launch(_on_gloo, nprocs=2):
         for (method, zigzag, captured), (found, sent) in zip(GLOO, ways, strict=True):
             *tensors, marks = values(SIZES, [] if captured or not zigzag else ["segments"])
             assert_close(found, tuple(expected(*tensors, OPTIONS | NOTHING | marks)[1:]))
-            of_contiguous = [0, 0, part] if rank else [part, part, 0]  # keys go up, and their gradients down
-            assert sent == ([] if method != "ring" else [part] * 3 if zigzag else of_contiguous)
+            assert sent == ([part] * 3 if method == "ring" else [])
 
 
 def test_memory_of_a_rank_grows_with_its_part_of_the_sequence():
@@ -201,7 +200,8 @@ def test_captured_ranks_send_alike_where_one_uses_nothing_that_comes(wrap):
         q = ft.shard(torch.ones(1, 6, 2, 4, dtype=torch.float64).cumsum(1), Q, mesh=mesh, rules=RULES)
         attend = lambda q: ft.attention(f"{Q}, {Q}", q, q, q, causal=True)
         ring = ft.context_parallel(attend, method="ring")
-        loss = lambda fn: ft.grad(lambda q: ft.reduce(f"{Q} ->", fn(q) ** 2))
+        # of two, so that on the first rank two messages are equal: zeros
+        loss = lambda fn: ft.grad(lambda q: ft.reduce(f"{Q} ->", fn(q) ** 2 + fn(2 * q)))
         ours = ft.jit(loss(ring), backend="graph") if wrap is ft.jit else loss(ft.compile(ring, backend="graph"))
         found = []
         for fn in (loss(ring), ours):

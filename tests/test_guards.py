@@ -351,6 +351,30 @@ def test_named_ops_pass_with_the_same_loss_and_ledger_checked_or_not(sizes):
     assert "check_equal" not in first[0][1]
 
 
+@pytest.mark.parametrize("check", ["first", False])
+def test_captured_steps_of_ranks_that_part_ways_are_compared_before_the_first_runs(check):
+    def parts(params, x, key):
+        total, count = right(params, x, key)
+        return total + (ft.reduce("batch seq embed ->", x).exp() if current().mesh.rank else 0), count
+
+    def steps(loss):
+        def rank(mesh):
+            tx = ft.optim.sgd(0.1)
+            step = ft.jit(ft.train_step(loss, tx, check=check), donate=0, backend="graph")
+            state = ft.TrainState.create(DECLARED, tx, ft.random.key(0), mesh=mesh, rules=TP)
+            local = ft.shard(X, "batch seq embed", mesh=mesh, rules=TP)
+            if mesh.rank == 0:
+                step.graph(state, local)  # which one rank may look at
+            return step(step(state, local)[0], local)[1]["loss"].item()
+
+        return ft.simulate(dp=2)(rank)()
+
+    assert len({*steps(right)}) == 1
+    with pytest.raises(ft.CollectiveError) as error:
+        steps(parts)
+    assert (" of its graph" in str(error.value)) == bool(check)
+
+
 @pytest.mark.parametrize(("check", "found"), [("first", False), (True, True), (False, False)])
 def test_a_mistake_of_the_second_step_is_found_when_all_are_checked(check, found):
     def rank(mesh):

@@ -40,13 +40,14 @@ class Program(NamedTuple):
     failures: tuple[Callable[[], Exception], ...]  # what to raise where a flag, one of the last results, is true
     calls: Mapping[Any, Any]  # for each op that stands for another captured program: that one (`opaque.Opaque`)
     remarks: tuple[str, ...] = ()  # of its ops, for a ledger
+    compared: bool = False  # whether ranks are to compare their collectives before the first run
 
     def entries(self) -> list[Entry]:
         """What one run of it enters into a ledger."""
         found: list[Entry] = []
         for node in self.graph.graph.nodes:
             if is_collective(node):
-                found.append(entry_of(node, self.meshes))
+                found.append(entry_of(node))
             elif node.target in self.calls:
                 found += self.calls[node.target].program.entries()
         return found
@@ -100,7 +101,7 @@ def trace(
         _check_writes(set(written) - donated, inside, fakes, what, names, fix)
     failures = tuple(error for _, error in capture.failures)
     meshes, calls, remarks = tuple(capture.meshes), dict(capture.calls), tuple(capture.notes)
-    return Program(graph, meshes, fakes, written, failures, calls, remarks)
+    return Program(graph, meshes, fakes, written, failures, calls, remarks, capture.compared or current().checked)
 
 
 def _twin(x: Tensor) -> Tensor:

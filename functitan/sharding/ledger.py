@@ -2,8 +2,8 @@
 
 Invariant: `bytes` is what one rank sends. With n ranks and S bytes of the whole tensor that is (n-1)/n S for an
 all-gather or a reduce-scatter, 2(n-1)/n S for an all-reduce, (n-1)/n of the local tensor for an all-to-all, and the
-message itself for a permute (0 on a rank that passes nothing on), or for a send to another pipeline stage, which its
-sender enters.
+message itself for a permute (of each rank that sends one: entries are the same on all), or for a send to another
+pipeline stage, which its sender enters.
 """
 
 from __future__ import annotations
@@ -22,18 +22,6 @@ FORMULAS = {  # bytes sent by one rank, from the local input's bytes and the num
     "permute": lambda nbytes, n: nbytes if n > 1 else 0,
     "send": lambda nbytes, n: nbytes,
 }
-
-
-def bytes_sent(kind: str, nbytes: int, n: int, me: int, options: tuple[Any, ...] = ()) -> int:
-    """What rank `me` of `n` sends of a local input of `nbytes`; `options` are those of the transport's function.
-
-    >>> from functitan.sharding.passing import Passing
-    >>> [bytes_sent("permute", 8, 4, me, (Passing(1, (1, 2)),)) for me in range(4)]
-    [8, 8, 0, 0]
-    """
-    if kind == "permute" and not options[0].sends(n, me):
-        return 0
-    return FORMULAS[kind](nbytes, n)
 
 
 _WIDTH = 72  # of the pattern's column in the table

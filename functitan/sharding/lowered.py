@@ -31,7 +31,7 @@ def lower_collectives(graph: GraphModule, meshes: tuple[Mesh, ...], compiled: bo
             at = meshes[mesh].index((dim,))
             node.target, node.args = torch.ops.aten.slice.Tensor, (x, axis, at, at + 1)
         if is_collective(node):
-            its, entry = collective_of(node), entry_of(node, meshes)
+            its, entry = collective_of(node), entry_of(node)
             mesh = meshes[its.mesh]
             with graph.graph.inserting_before(node):
                 new = _started(graph.graph, its, mesh) if compiled else _called(graph.graph, its, entry, mesh)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from functitan.sharding.context import Env, within
+from functitan.sharding.ledger import FORMULAS
 from functitan.sharding.mesh import Pending, Transport
 from functitan.sharding.program import describe
 from functitan.sharding.steps import Label
@@ -27,7 +28,7 @@ def post(x: Tensor, to: int, env: Env, label: Label) -> Pending:
     _agree(f"sends {describe('message', (DIM,), tuple(x.shape), x.dtype, label)}", env)
     if env.ledger is None and not env.profiled:
         return its(x, DIM, to, label)
-    entry = env.entry("send", (DIM,), x.numel() * x.element_size(), x.dtype, *label)
+    entry = env.entry("send", (DIM,), FORMULAS["send"](x.numel() * x.element_size(), 2), x.dtype, *label)
     if env.ledger is not None:
         env.ledger.entries.append(entry)
     return within(entry.name, its, x, DIM, to, label)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from functitan.sharding.context import Env
-from functitan.sharding.ledger import Entry, bytes_sent
+from functitan.sharding.ledger import FORMULAS, Entry
 from functitan.sharding.mesh import Wait
 from functitan.sharding.moves import Step, View
 from functitan.sharding.passing import Passing
@@ -194,8 +194,7 @@ def _entered(kind: str, x: Tensor, dims: Dims, env: Env, label: Label, options: 
     assert env.mesh is not None
     entry = None
     if env.ledger is not None or env.profiled:
-        n, me = env.mesh.sizes.size(dims), env.mesh.index(dims)
-        nbytes = bytes_sent(kind, x.numel() * x.element_size(), n, me, options)
+        nbytes = FORMULAS[kind](x.numel() * x.element_size(), env.mesh.sizes.size(dims))
         entry = env.entry(kind, dims, nbytes, x.dtype, *label)._replace(hidden=hidden)
         if env.ledger is not None:
             env.ledger.entries.append(entry)

@@ -7,7 +7,7 @@ passes and ledgers read it from the graph alone. The ops have shapes and no kern
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Graph, Node, map_arg
 from torch.fx.node import has_side_effect
 
-from functitan.sharding.ledger import Entry, bytes_sent
+from functitan.sharding.ledger import FORMULAS, Entry
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.passing import read_passing
 from functitan.sharding.rules import Dims
@@ -42,6 +42,7 @@ class Capture:
         self.failures: list[tuple[Tensor, Callable[[], Exception]]] = []
         self.calls: dict[Any, Any] = {}  # captured programs that it calls, by the op that stands for each
         self.notes: list[str] = []  # what a ledger of it should say
+        self.compared = False  # whether ranks are to compare what becomes of it, before they run it
         self.recomputations = 0  # so far; the nodes of each are marked with its number
 
     def place(self, mesh: Mesh) -> int:
@@ -85,17 +86,25 @@ def is_collective(node: Node) -> bool:
     return node.op == "call_function" and node.target is COLLECTIVE
 
 
+def is_uneven(node: Node) -> bool:
+    """Whether ranks may use a collective differently: a ring's brings some what they need, and others nothing.
+
+    What a pass finds out about its values holds on this rank alone, so it must stay as it is on all.
+    """
+    return collective_of(node).kind == "permute"
+
+
 def collective_of(node: Node) -> Collective:
     """The collective that a node stands for."""
     fields: tuple[Any, ...] = node.args
     return Collective(*fields)
 
 
-def entry_of(node: Node, meshes: Sequence[Mesh]) -> Entry:
+def entry_of(node: Node) -> Entry:
     """What a captured collective enters into a ledger; hidden where a product stands between it and its first use."""
     its = collective_of(node)
-    x, me = its.x.meta["val"], meshes[its.mesh].index(its.mesh_dims)
-    sent = bytes_sent(its.kind, x.numel() * x.element_size(), its.size, me, options_of(its))
+    x = its.x.meta["val"]
+    sent = FORMULAS[its.kind](x.numel() * x.element_size(), its.size)
     after, hidden = node.next, False
     while after not in node.users and after.op != "output" and not hidden:
         hidden, after = _PRODUCT.search(str(after.target)) is not None, after.next

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from functitan.errors import MeshError, report
-from functitan.sharding.ledger import FORMULAS, bytes_sent
+from functitan.sharding.ledger import FORMULAS
 from functitan.sharding.mesh import Mesh, Transport, Wait
 
 
@@ -50,8 +50,7 @@ def _delayed(
     begin = getattr(transport, kind)
 
     def start(x: Any, dims: Any, *rest: Any) -> Wait:
-        nbytes, n = x.numel() * x.element_size(), mesh.sizes.size(dims)
-        seconds = bytes_sent(kind, nbytes, n, mesh.index(dims), rest) / bandwidth
+        seconds = FORMULAS[kind](x.numel() * x.element_size(), mesh.sizes.size(dims)) / bandwidth
 
         def carry() -> Wait:
             time.sleep(seconds)

@@ -39,9 +39,10 @@ def context_parallel(
     "tp": "all_to_all"} exchanges heads over tp inside a ring over cp. By default the bytes that each sends, and the
     number of collectives, decide for every call (`functitan.ops.context.method`). Bytes sent by one of n ranks, in
     forward, with K those of its keys, or values, and Q those of its queries: ring and all-gather 2 (n-1) K, all-to-all
-    2 (n-1)/n (Q + K); of a ring less, where causality and a window hide all keys of a rank from another: of causal
-    contiguous parts half in all. Backward sends as much again, and a ring twice: keys and values, and their gradients
-    in the dtype that `ft.precision` reduces in.
+    2 (n-1)/n (Q + K); of a ring less, where causality and a window let no rank see some distance. Backward sends as
+    much again, and a ring twice: keys and values, and their gradients in the dtype that `ft.precision` reduces in. A
+    ring's keys go only to ranks that see some of them or pass them on, so ranks may send less than the ledger says: it
+    has what one of them sends.
 
     `order="zigzag"` says that along `axis` data lies as `ft.zigzag` puts it over the mesh dims `dims`, so that causal
     work is equal on all ranks: `ft.iota`, rotary positions and attention then know which positions are where. The

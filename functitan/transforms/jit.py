@@ -85,6 +85,8 @@ class Jitted:
             env.ledger.entries += found.entries
         for note in found.program.notes():
             env.note(note)
+        if found.unseen:  # not in `graph`, which one rank alone may ask for
+            _compare(found.unseen.pop())
         return within(self.what, _call, found, args, leaves)
 
     def graph(self, *args: Any) -> GraphModule:
@@ -118,6 +120,7 @@ class _Compiled(NamedTuple):
     kept: tuple[int, ...]  # arguments that are not donated
     homes: tuple[int | None, ...]  # for each result the input whose buffer it takes over
     result: Form
+    unseen: list[Program]  # what ranks are to compare at the first call
 
     def fits(self, leaves: list[Any], structure: Any, env: Env) -> bool:
         if structure != self.structure or env != self.env:
@@ -143,7 +146,17 @@ def _capture(jitted: Jitted, args: Any, leaves: list[Any], structure: Any, env: 
     kept = tuple(n for n in range(len(args)) if n not in jitted.donate)
     guards = _guards(tensors)
     made_for = structure, places, guards, statics, env
-    return _Compiled(program, run, program.entries(), *made_for, donated, kept, homes, result[0])
+    unseen = [program] if program.compared else []
+    return _Compiled(program, run, program.entries(), *made_for, donated, kept, homes, result[0], unseen)
+
+
+def _compare(program: Program) -> None:
+    """Let ranks agree on the collectives of a graph: each made its own, and a difference would hang all of them."""
+    for mesh in program.meshes[:1]:  # all that run the program are its ranks
+        for number, entry in enumerate(program.entries()):
+            name = entry._replace(hidden=False).name  # a rank may have less to compute beside it
+            mesh.transport.agree(f"runs {name}, {entry.bytes} bytes of {entry.dtype}, as number {number} of its graph")
+        mesh.transport.agree("runs the end of its graph")
 
 
 def _call(found: _Compiled, args: Any, leaves: list[Any]) -> Any:

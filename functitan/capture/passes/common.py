@@ -1,7 +1,8 @@
 """Compute equal values once: equal ops of equal operands, gathers among them.
 
 Invariant: forward and backward stay apart where a collective is concerned: merging a weight's gather with its regather
-would keep the whole weight alive, and turn ZeRO-3 into ZeRO-2. What remat computes again stays computed again.
+would keep the whole weight alive, and turn ZeRO-3 into ZeRO-2. What remat computes again stays computed again. Every
+rank merges the same collectives.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from functitan.capture.trace import Program
-from functitan.sharding.traced import collective_of, is_collective
+from functitan.sharding.traced import collective_of, is_collective, is_uneven
 
 
 def merge_equal(program: Program) -> Program:
@@ -42,4 +43,6 @@ def _keeps(node: Node) -> bool:
     target = node.target
     if not isinstance(target, OpOverload):
         return False
+    if is_collective(node) and is_uneven(node):
+        return True
     return target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags

@@ -1,7 +1,6 @@
 """Remove what no result depends on.
 
-Invariant: every rank keeps the same collectives. A collective goes on all alike, but for a ring's: a rank may have no
-use for what comes, where the others do.
+Invariant: every rank keeps the same collectives: one that all use alike goes on all, and the others stay.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 from torch.fx import Node
 
 from functitan.capture.trace import Program
-from functitan.sharding.traced import collective_of, is_collective
+from functitan.sharding.traced import is_collective, is_uneven
 
 
 def remove_dead(program: Program) -> Program:
@@ -19,4 +18,4 @@ def remove_dead(program: Program) -> Program:
 
 
 def _stays(node: Node) -> bool:
-    return collective_of(node).kind == "permute" if is_collective(node) else node.is_impure()
+    return is_uneven(node) if is_collective(node) else node.is_impure()

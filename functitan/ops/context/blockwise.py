@@ -26,7 +26,6 @@ from functitan.ops.contraction import lift
 from functitan.ops.function import Call, Hidden, Op, apply, hidden_axes
 from functitan.ops.types import Type, check_cotangents
 from functitan.sharding.context import Env
-from functitan.sharding.passing import Passing
 from functitan.sharding.rules import Dims
 from functitan.sharding.sequence import Runs, positions_of
 from functitan.sharding.steps import Label, start
@@ -69,7 +68,7 @@ def blockwise(static: Static, q: Tensor, k: Tensor, v: Tensor, marks: tuple[Tens
 def _run(call: Call, q: Tensor, k: Tensor, v: Tensor, *marks: Tensor) -> tuple[Tensor, Tensor]:
     """(output, logsumexp [*batch, heads, rows]) of this rank's queries."""
     static, env = call.static, call.env
-    own, keys = _heads_first(q), torch.stack([k, v]) if static.dims else (k, v)
+    own, keys = _heads_first(q), torch.stack([k, v]) if static.stops[1:] else (k, v)
     state = None
     for block, (kb, vb) in enumerate(_travelling(keys, static, env)):
         kb, vb = _heads_first(kb), _heads_first(vb)
@@ -108,15 +107,16 @@ def _vjp(
 
 
 def _run_gradients(call: Call, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-    """Each block's gradients travel with it, and get what each rank adds; from the last that does, they go home."""
+    """Each block's gradients travel with it, and get what each rank adds; from the last stop they go home."""
     static, env = call.static, call.env
     *marks, out, lse, g = rest
     own, out, g = _heads_first(q), _heads_first(out), _heads_first(g.to(q.dtype))
     lse = lse.masked_fill(lse == -torch.inf, 0.0).view(own.shape[:-1])
-    keys, width = torch.stack([k, v]) if static.dims else (k, v), high(q.dtype)
+    keys, width = torch.stack([k, v]) if static.stops[1:] else (k, v), high(q.dtype)
     travels = q.dtype if env.precision is None else env.precision.reduces(static.dims, q.dtype)
     dq = torch.zeros_like(own, dtype=width)
-    total, onward, home = None, None, None  # gradients of the own block, and those under way: of the next, of the own
+    at_home: Tensor | None = None
+    coming: Callable[[], Tensor] | None = None
     for block, (stop, (kb, vb)) in enumerate(zip(static.stops, _travelling(keys, static, env), strict=True)):
         kb, vb = _heads_first(kb), _heads_first(vb)
         added = torch.zeros((2, *kb.shape), dtype=width, device=kb.device)
@@ -127,11 +127,15 @@ def _run_gradients(call: Call, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -
             dq[:, :, rows] += of_q
             added[0, :, :, cols] += of_k
             added[1, :, :, cols] += of_v
-        added = _plus(added, onward, static, env)
-        total = added if total is None else _plus(total, home, static, env)
-        home, onward = (_pass(added, travels, way, static, env) for way in (stop.home, stop.gradients))
-    assert total is not None
-    found = (dq, *_plus(total, home, static, env))
+        if at_home is None:
+            at_home = added
+            continue
+        added = added if coming is None else added + coming().to(width)
+        assert stop.gradients is not None
+        coming = start("permute", added.to(travels), static.dims, env, static.label, stop.gradients)
+    assert at_home is not None
+    total = at_home if coming is None else at_home + coming().to(width)
+    found = (dq, *total)
     return tuple(
         found[i].transpose(1, 2).to(q.dtype).reshape(x.shape) for i, x in enumerate((q, k, v)) if i in static.wanted
     )
@@ -157,23 +161,6 @@ def _travelling(keys: Any, static: Static, env: Env) -> Iterator[tuple[Tensor, T
         coming = stop.keys and start("permute", keys, static.dims, env, static.label, stop.keys)
         yield keys[0], keys[1]
         keys = coming and coming()
-
-
-_Sent = tuple[Passing, Callable[[], Tensor]] | None  # what is on its way, and what waits for it
-
-
-def _pass(x: Tensor, dtype: torch.dtype, passing: Passing | None, static: Static, env: Env) -> _Sent:
-    return passing and (passing, start("permute", x.to(dtype), static.dims, env, static.label, passing))
-
-
-def _plus(x: Tensor, sent: _Sent, static: Static, env: Env) -> Tensor:
-    """`x` and what has come to this rank, if anything has."""
-    if sent is None:
-        return x
-    assert env.mesh is not None
-    passing, coming = sent
-    come = coming()
-    return x + come.to(x.dtype) if passing.reaches(env.mesh.index(static.dims)) else x
 
 
 def _masked_tiles(

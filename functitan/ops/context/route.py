@@ -1,7 +1,7 @@
 """The way of keys and values around a ring, and of their gradients back: who gets them at which stop.
 
-Invariant: a block of keys, or its gradient, reaches a rank only if that rank needs it, or one that it visits later.
-Nothing here reads a tensor: all ranks know the whole way of every block.
+Invariant: a block of keys reaches a rank only if that rank needs it, or one that it visits later, and gradients travel
+only once there are any. Nothing here reads a tensor: all ranks know the whole way of every block.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ class Stop(NamedTuple):
 
     shift: int
     keys: Passing | None  # from here to the next stop; `None`: none goes on
-    gradients: Passing | None  # likewise
-    home: Passing | None  # of the gradients to which no later stop adds
+    gradients: Passing | None  # likewise, and from the last stop home
 
 
 @lru_cache(maxsize=2**12)  # lengths may vary without end
@@ -47,11 +46,8 @@ def route(length: int, ranks: int, zigzag: int, causal: bool, window: int | None
     found = []
     for at, (shift, then) in enumerate(pairwise((*shifts, ranks))):
         keys = [(block + then) % ranks for block, (_, last) in way.items() if at < last]
-        gradients = [(block + then) % ranks for block, (first, last) in way.items() if first <= at < last]
-        home = [block for block, (_, last) in way.items() if at == last]
-        step = then - shift
-        ways = _passing(step, keys, ranks), _passing(step, gradients, ranks), _passing(ranks - shift, home, ranks)
-        found.append(Stop(shift, *ways))
+        gradients = [(block + then) % ranks for block, (first, _) in way.items() if first <= at]
+        found.append(Stop(shift, *(_passing(then - shift, to, ranks) for to in (keys, gradients))))
     return tuple(found)
 
 
