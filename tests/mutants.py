@@ -15,18 +15,20 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1] / "functitan"
 
 RULES = {f"sharding.{name}" for name in ("rules", "layout", "choice", "moves", "plan", "contraction")}
-RULES |= {"ops.types"}  # each step of a function in these is a rule step
+RULES |= {f"sharding.{name}" for name in ("passing", "rings", "sequence")}
+RULES |= {"ops.types", "ops.context.route"}  # each step of a function in these is a rule step
 TRANSPOSES = {  # functions of ops and collectives whose steps are those of a transpose or of a tangent
     *("vjp", "jvp", "_vjp", "_jvp", "backward", "transpose", "transposed", "batched", "cotangents", "tangents"),
     *("put_rows", "_show", "shown"),
 }
 # what communicates: a module's private functions that call these do as well
 SENDERS = {"send", "contract", "meet", "run", "run_step"}
+STARTERS = {"start"}  # these give what waits for the tensor that comes
 PUBLIC = {"reduce", "broadcast", "constrain", "constrain_like", "where_whole", "reduced"}
 REPLICATES = {"spread", "merge", "merge_scalars"}
 PUBLIC |= REPLICATES | {"move", "lift", "reshard"}
 PUBLIC |= {"all_gather", "reduce_scatter", "all_reduce", "all_to_all", "permute"}
-WHERE = ("ops", "optim", "nn", "models", "sharding", "transforms", "train")  # where collectives are called
+WHERE = ("ops", "optim", "nn", "models", "pipeline", "sharding", "transforms", "train")  # where collectives are called
 
 # of a collective or reduction, another one
 OTHER = {"all_gather": "reduce_scatter", "reduce_scatter": "all_gather", "all_reduce": "all_gather"}
@@ -188,9 +190,9 @@ def _signs_of(node: ast.AST) -> Iterator[Change]:
 
 def _sends_of(node: ast.AST, tree: ast.AST) -> Iterator[Change]:
     """Each call that communicates: left out, another collective or reduction, other mesh dims."""
-    if isinstance(node, ast.Call) and (name := _name(node)) in _senders(tree) | {"Step", "scatter"}:
+    if isinstance(node, ast.Call) and (name := _name(node)) in _senders(tree) | STARTERS | {"Step", "scatter"}:
         if name not in ("Step", "scatter") and (given := _tensor(node, tree)) is not None:
-            yield Change(node, ast.unparse(given))
+            yield Change(node, f"lambda: {ast.unparse(given)}" if name in STARTERS else ast.unparse(given))
         for part in (*node.args, *(keyword.value for keyword in node.keywords)):
             if isinstance(part, ast.Constant) and part.value in OTHER and name not in ("meet", "run"):  # there, a note
                 yield Change(part, repr(OTHER[part.value]))
@@ -286,7 +288,7 @@ def _tensor_place(function: ast.FunctionDef) -> int | None:
 def _definitions() -> tuple[ast.FunctionDef, ...]:
     """The functions of the library that other modules call to communicate."""
     trees = [ast.parse(path_of(module).read_text()) for module in modules()]
-    wanted = SENDERS | PUBLIC
+    wanted = SENDERS | STARTERS | PUBLIC
     return tuple(f for tree in trees for f in tree.body if isinstance(f, ast.FunctionDef) and f.name in wanted)
 
 

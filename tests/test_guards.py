@@ -352,6 +352,19 @@ def test_named_ops_pass_with_the_same_loss_and_ledger_checked_or_not(sizes):
 
 
 @pytest.mark.parametrize("check", ["first", False])
+def test_compiled_functions_of_ranks_that_part_ways_are_compared_before_they_run(check):
+    def parts(params, x, key):
+        whole = lambda x: ft.reduce("batch seq embed ->", x)
+        more = ft.compile(lambda x: whole(x * whole(x)) if current().mesh.rank else whole(x), backend="graph")
+        total, count = right(params, x, key)
+        return total + more(x), count
+
+    with pytest.raises(ft.CollectiveError) as error:
+        one_step(parts, dict(dp=2), check=check)
+    assert ("of its graph" in str(error.value)) == bool(check)
+
+
+@pytest.mark.parametrize("check", ["first", False])
 def test_captured_steps_of_ranks_that_part_ways_are_compared_before_the_first_runs(check):
     def parts(params, x, key):
         total, count = right(params, x, key)

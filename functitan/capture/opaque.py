@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Node
 
+from functitan.capture.compare import compare
 from functitan.capture.compile import Run, compiled
 from functitan.capture.kinds import base
 from functitan.capture.trace import Program, one_at_a_time, unseen
@@ -91,7 +92,7 @@ def opaque(program: Program, backend: str) -> Opaque:
 
 
 def call(callee: Opaque, xs: Sequence[Tensor], env: Env) -> tuple[Tensor, ...]:
-    """Its results for these inputs; in a capture, by its op. Its collectives are entered into the ledger."""
+    """Its results for these inputs; in a capture, by its op. Its collectives go into the ledger, and are compared."""
     if env.ledger is not None:
         env.ledger.entries += callee.program.entries()
     for note in callee.program.notes():
@@ -101,6 +102,8 @@ def call(callee: Opaque, xs: Sequence[Tensor], env: Env) -> tuple[Tensor, ...]:
         for mesh in callee.program.meshes:
             env.capture.place(mesh)
         return tuple(callee.op(list(xs)))
+    if env.checked:
+        compare(callee.program)
     return tuple(callee.called(xs))
 
 

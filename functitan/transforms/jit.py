@@ -16,6 +16,7 @@ from torch._C._dynamo.guards import TensorGuards  # private: tried on torch 2.13
 from torch.fx import GraphModule
 
 from functitan import tree
+from functitan.capture.compare import compare
 from functitan.capture.compile import compiled
 from functitan.capture.passes.table import chosen_passes, run_passes
 from functitan.capture.trace import Program, trace
@@ -86,7 +87,7 @@ class Jitted:
         for note in found.program.notes():
             env.note(note)
         if found.unseen:  # not in `graph`, which one rank alone may ask for
-            _compare(found.unseen.pop())
+            compare(found.unseen.pop())
         return within(self.what, _call, found, args, leaves)
 
     def graph(self, *args: Any) -> GraphModule:
@@ -148,15 +149,6 @@ def _capture(jitted: Jitted, args: Any, leaves: list[Any], structure: Any, env: 
     made_for = structure, places, guards, statics, env
     unseen = [program] if program.compared else []
     return _Compiled(program, run, program.entries(), *made_for, donated, kept, homes, result[0], unseen)
-
-
-def _compare(program: Program) -> None:
-    """Let ranks agree on the collectives of a graph: each made its own, and a difference would hang all of them."""
-    for mesh in program.meshes[:1]:  # all that run the program are its ranks
-        for number, entry in enumerate(program.entries()):
-            name = entry._replace(hidden=False).name  # a rank may have less to compute beside it
-            mesh.transport.agree(f"runs {name}, {entry.bytes} bytes of {entry.dtype}, as number {number} of its graph")
-        mesh.transport.agree("runs the end of its graph")
 
 
 def _call(found: _Compiled, args: Any, leaves: list[Any]) -> Any:

@@ -52,4 +52,4 @@ def route(length: int, ranks: int, zigzag: int, causal: bool, window: int | None
 
 
 def _passing(shift: int, to: list[int], ranks: int) -> Passing | None:
-    return Passing(shift, None if len(to) == ranks else tuple(sorted(to))) if to else None
+    return Passing(shift, None if len(to) == ranks else tuple(to)) if to else None
