@@ -96,6 +96,25 @@ def test_a_vjp_runs_on_a_thread_without_context():
         assert_close(found, expected(q, k, v, g, OPTIONS | NOTHING)[1:])
 
 
+def test_several_cotangents_are_pulled_back_at_once():
+    q, k, v, g, _ = values(SIZES, [])
+
+    def rank(mesh):
+        tensors = zip((q, k, v, g), (Q, KV, KV, Q), strict=True)
+        *own, g_ = (ft.shard(x, p, mesh=mesh, rules=RULES) for x, p in tensors)
+
+        def pulled(*own):
+            attend = ft.context_parallel(lambda *xs: ft.attention(PATTERN, *xs, causal=True), method="ring")
+            _, pull = torch.func.vjp(attend, *own)
+            return torch.func.vmap(pull)(torch.stack([g_, 2 * g_]))
+
+        out = ft.spmd(pulled, mesh=mesh, rules=RULES)(*own)
+        return [ft.unshard(x[1], p, mesh=mesh, rules=RULES) for x, p in zip(out, (Q, KV, KV), strict=True)]
+
+    for found in ft.simulate(cp=2)(rank)():
+        assert_close(found, expected(q, k, v, 2 * g, OPTIONS | NOTHING)[1:])
+
+
 @pytest.mark.parametrize("method", ["ring", "all_to_all", None])
 def test_per_example_gradients_are_a_loops(method: str | None):
     q, k, v, g, _ = values(SIZES, [])

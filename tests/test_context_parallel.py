@@ -244,6 +244,12 @@ def test_blocks_that_a_window_hides_are_not_sent(order: str, shifts: int):
     assert len(whole) == 3 * 7
 
 
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_runs_that_touch_are_one(n: int):
+    held = [runs(6 * n, n, 6 * rank, 6) for rank in range(n)]
+    assert held == [((3 * r, 3), (3 * (2 * n - 1 - r), 3)) if r < n - 1 else ((3 * r, 6),) for r in range(n)]
+
+
 @pytest.mark.parametrize("n", [2, 3, 8, 64])
 def test_zigzag_gives_every_rank_the_same_causal_work(n: int):
     size = 4096
