@@ -5,7 +5,7 @@ Invariant: the value is the same on every mesh; without one, or where nothing ha
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -18,8 +18,10 @@ from functitan.ops.float8 import converted
 from functitan.ops.local import product
 from functitan.ops.operands import Operand, check_operands
 from functitan.ops.types import Type
+from functitan.ops.weights import are_pairs, weighted
 from functitan.sharding.context import current
 from functitan.sharding.contraction import Contraction, terms_of
+from functitan.sharding.deferred import Deferred
 from functitan.sharding.precision import in_compute
 from functitan.sharding.steps import Label
 
@@ -43,7 +45,9 @@ def einsum(pattern: str, *tensors: Tensor) -> Any:
     arithmetic = None
     if env.float8 is not None and _are_tensors(signature, tensors):
         arithmetic = converted(pattern, signature, tensors, env)
-    if env.memo is not None or arithmetic is not None or defers(tensors, env):  # all want the named op
+    deferred = env.deferred if defers(tensors, env) else None
+    planned = deferred is not None and not (env.precision is None and are_pairs(signature))
+    if env.memo is not None or arithmetic is not None or planned:  # all want the named op
         env = env.on_one_rank(tuple(axis for axes in signature.operands for axis in axes))
     if env.mesh is None:
         try:
@@ -54,7 +58,7 @@ def einsum(pattern: str, *tensors: Tensor) -> Any:
         if not fits:
             _check(pattern, signature, given)
         with env.span("einsum", pattern):
-            results = _products(signature, given)
+            results = _products(signature, given, deferred)
     else:
         _check(pattern, signature, tensors)
         compute = None if env.precision is None else env.precision.compute
@@ -68,12 +72,15 @@ def _are_tensors(signature: Signature, tensors: tuple[Any, ...]) -> bool:
     return ranks == [len(axes) for axes in signature.operands]
 
 
-def _products(signature: Signature, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _products(
+    signature: Signature, tensors: tuple[Tensor, ...], deferred: Deferred | None = None
+) -> tuple[Tensor, ...]:
+    multiply = product if deferred is None else partial(weighted, deferred=deferred)
     if len(signature.results) == 1:
-        return (product(signature.operands, signature.results[0], tensors),)
+        return (multiply(signature.operands, signature.results[0], tensors),)
     terms = terms_of(len(tensors), len(signature.results))
     results = [
-        product(tuple(signature.operands[i] for i in term.operands), result, tuple(tensors[i] for i in term.operands))
+        multiply(tuple(signature.operands[i] for i in term.operands), result, tuple(tensors[i] for i in term.operands))
         for term, result in reversed(list(zip(terms, signature.results, strict=True)))
     ]
     return tuple(reversed(results))  # autograd adds the cotangent of what came last first; the named op: of the first
