@@ -5,7 +5,10 @@ import os
 import torch
 from hypothesis import settings
 
-torch.set_num_threads(1 if os.environ.get("PYTEST_XDIST_WORKER") else 2)  # two workers share two cores
+WORKER = bool(os.environ.get("PYTEST_XDIST_WORKER"))  # one of two, who share two cores
+torch.set_num_threads(1 if WORKER else 2)
+if WORKER:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
 
 # No deadline: the first call of a torch op is slow, and shared machines are noisy.
 settings.register_profile("local", deadline=None, max_examples=50)
