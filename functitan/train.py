@@ -56,11 +56,11 @@ def train_step(
     `scale` is not `None`, it is that of a scaled loss. Runs on the state's mesh unless called inside `ft.spmd`.
 
     `check`: in which steps ranks compare programs and values (`ft.checked`, `ft.check_equal`): the "first" that this
-    function makes on a mesh, all (`True`), or none. Of a captured step they compare the collectives, once. `nonfinite`:
-    with NaN or infinity in loss or gradients, on any rank, "raise" a `NonFiniteError` and leave the state as it was,
-    valid; "skip" the update, so that only the state's step advances and the metric "skipped" is 1; or "ignore" it. The
-    first two cost one pass over the gradients, an all-reduce of 4 bytes, and on an accelerator a wait for it. An
-    optimizer that scales the loss skips by itself.
+    function makes on a mesh, all (`True`), or none. Of a captured step ranks compare the collectives, before its first
+    run. `nonfinite`: with NaN or infinity in loss or gradients, on any rank, "raise" a `NonFiniteError` and leave the
+    state as it was, valid; "skip" the update, so that only the state's step advances and the metric "skipped" is 1; or
+    "ignore" it. The first two cost one pass over the gradients, an all-reduce of 4 bytes, and on an accelerator a wait
+    for it. An optimizer that scales the loss skips by itself.
 
     >>> import functitan as ft
     >>> def loss(params, batch, key):
@@ -78,7 +78,7 @@ def train_step(
     if check not in (True, False, "first"):
         raise FunctitanError(report("ft.train_step", [f"check is {check!r}"], "choose True, False or 'first'"))
     check_policy(nonfinite)
-    seen: WeakSet[Any] = WeakSet()  # of meshes that had their first step
+    seen: tuple[WeakSet[Any], WeakSet[Any]] = WeakSet(), WeakSet()  # of meshes that had their first step, or capture
     known: list[Any] = []  # structures of optimizer states that are this optimizer's
 
     def with_gradients(scale: Tensor | None, patterns: tree.Tree) -> Callable[..., Any]:
@@ -127,12 +127,13 @@ def train_step(
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         _check_state(state, tx, known)
-        if (capture := current().capture) is not None:
-            capture.compared = capture.compared or bool(check)
         donated = OrderedDict(params=state.params, opt_state=state.opt_state)  # parameters first: errors list them so
         check_donated(donated, "ft.train_step: the state")
-        outer = current().mesh
-        inner = checked(run) if _due(check, outer or state.mesh, seen) else run
+        outer, capture = current().mesh, current().capture
+        due = _due(check, outer or state.mesh, seen[capture is not None])
+        inner = checked(run) if due and capture is None else run
+        if capture is not None:
+            capture.compared = capture.compared or due
         inner = inner if outer is not None else spmd(inner, mesh=state.mesh, rules=state.rules)
         return within("train_step", inner, state, batch)
 
@@ -151,12 +152,7 @@ def _check_given(loss_fn: Any, value_and_grad: Any, otherwise: bool) -> None:
 
 
 def _due(check: bool | str, mesh: Mesh | None, seen: WeakSet[Any]) -> bool:
-    """True if this step on `mesh` is checked; a mesh is known by one of its functions, which live as long as it.
-
-    A captured step is not: ranks compare its graph instead.
-    """
-    if current().capture is not None:
-        return False
+    """True if this step on `mesh` is checked; a mesh is known by one of its functions, which live as long as it."""
     if mesh is None or check != "first":
         return mesh is not None and bool(check)
     first = mesh.transport.agree not in seen
