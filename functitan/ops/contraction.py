@@ -189,8 +189,7 @@ def _add_contracted(
                 places = [chosen.moved[i][0] for i in item.moved]
                 axes = tuple(full.operands[i].axes for i in places)
                 values = tuple(cast(tensors[i], compute) for i in places)
-                if not add_product(total, axes, layout.axes, values):
-                    total.add_(product(axes, layout.axes, values, item.broadcast))
+                add_product(total, axes, layout.axes, values, item.broadcast)
 
 
 def _jvp(call: Call, tensors: tuple[Tensor, ...], _: Any, given: tuple[Tensor | None, ...]):

@@ -26,13 +26,19 @@ def product(
     return _recipe(operands, result, new)(*tensors)
 
 
-def add_product(total: Tensor, operands: tuple[Axes, ...], result: Axes, tensors: tuple[Tensor, ...]) -> bool:
-    """Add the product to `total` by one matmul that writes no product of its own; False, and nothing, if none does."""
-    add = _adding(operands, result) if len(operands) == 2 else None
+def add_product(
+    total: Tensor,
+    operands: tuple[Axes, ...],
+    result: Axes,
+    tensors: tuple[Tensor, ...],
+    new: tuple[tuple[str, int], ...] = (),
+) -> None:
+    """Add the product to `total`: by one matmul that writes no product of its own, where that can be."""
+    add = _adding(operands, result) if len(operands) == 2 and not new else None
     if add is None or not total.is_contiguous() or any(x.dtype != total.dtype for x in tensors):
-        return False
-    add(total, *tensors)
-    return True
+        total.add_(product(operands, result, tensors, new))
+    else:
+        add(total, *tensors)
 
 
 def maximum(axes: Axes, result: Axes, x: Tensor) -> Tensor:

@@ -63,7 +63,6 @@ class _Weighted(torch.autograd.Function):
 
 
 def _add(axes: tuple[Axes, ...], tensors: tuple[Tensor, ...], own: Axes, totals: Sequence[Tensor]) -> None:
+    (total,) = totals
     with torch.no_grad():
-        for total in totals:
-            if not add_product(total, axes, own, tensors):
-                total.add_(product(axes, own, tensors))
+        add_product(total, axes, own, tensors)

@@ -91,7 +91,7 @@ def is_uneven(node: Node) -> bool:
 
     What a pass finds out about its values holds on this rank alone, so it must stay as it is on all.
     """
-    return collective_of(node).kind == "permute"
+    return is_collective(node) and collective_of(node).kind == "permute"
 
 
 def collective_of(node: Node) -> Collective:

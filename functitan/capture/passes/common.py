@@ -43,6 +43,4 @@ def _keeps(node: Node) -> bool:
     target = node.target
     if not isinstance(target, OpOverload):
         return False
-    if is_collective(node) and is_uneven(node):
-        return True
-    return target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags
+    return is_uneven(node) or target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags
