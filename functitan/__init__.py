@@ -39,7 +39,7 @@ from functitan.sharding.explain import explain
 from functitan.sharding.init import init
 from functitan.sharding.launch import launch
 from functitan.sharding.rules import AxisRules
-from functitan.sharding.virtual import simulate
+from functitan.sharding.simulate import simulate
 from functitan.state import TrainState
 from functitan.train import train_step
 from functitan.transforms import remat_policies

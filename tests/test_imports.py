@@ -28,7 +28,7 @@ LAYERS = [
     ["sharding.context", "sharding.distributed", "sharding.virtual", "sharding.ledger", "sharding.program"]
     + ["sharding.memo", "sharding.symmetric", "sharding.deferred", "sharding.point_to_point", "sharding.messages"]
     + ["sharding.agreement", "sharding.steps", "sharding.collectives", "sharding.explain", "sharding.init"]
-    + ["sharding.launch", "sharding.traced", "sharding.lowered", "sharding"],
+    + ["sharding.launch", "sharding.simulate", "sharding.traced", "sharding.lowered", "sharding"],
     ["ops", "ops.*", "capture", "capture.*"],
     ["nn", "nn.*", "transforms", "transforms.*"],
     ["models", "models.*", "pipeline", "pipeline.*", "optim", "optim.*"],

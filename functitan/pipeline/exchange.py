@@ -44,7 +44,7 @@ def shared_sums(grads: dict[str, Tensor], holders: dict[str, tuple[int, ...]], e
     if env.pipeline is None:
         return
     me, here = env.pipeline.place, env._replace(phase="backward")
-    shared = [path for path in grads if len(holders[path]) > 1]
+    shared = sorted(path for path in grads if len(holders[path]) > 1)  # each rank's own dict has an order of its own
     sent = [
         post(grads[path], other, here, Label("pipeline", f"gradient of {path}"))
         for path in shared

@@ -90,7 +90,7 @@ def _mesh_of(device_mesh: DeviceMesh, _: Any) -> Mesh:
     gloo = dist.get_backend(device_mesh.get_group(names[0])) == "gloo"  # its reduce-scatter takes twice an exchange
     known = device_mesh, device_mesh.mesh.numpy(), sizes, tuple(coordinate)
     post, receive = point_to_point(partial(_line, *known))
-    transport = _transport(cache(partial(_group, *known)), _agree(device_mesh, tuple(coordinate)), gloo)
+    transport = _transport(cache(partial(_group, *known)), _agree(device_mesh, known[1], tuple(coordinate)), gloo)
     return Mesh(sizes, tuple(coordinate), transport._replace(post=post, receive=receive))
 
 
@@ -128,7 +128,7 @@ def _new_group(ranks: list[int], like: dist.ProcessGroup, device_mesh: DeviceMes
     return group
 
 
-def _agree(device_mesh: DeviceMesh, coordinate: tuple[int, ...]) -> Callable[..., None]:
+def _agree(device_mesh: DeviceMesh, processes: numpy.ndarray, coordinate: tuple[int, ...]) -> Callable[..., None]:
     """Agreement with the processes of this one's pipeline stage, or of all, through torch.distributed's own store."""
     names = device_mesh.mesh_dim_names
     assert names
@@ -136,7 +136,7 @@ def _agree(device_mesh: DeviceMesh, coordinate: tuple[int, ...]) -> Callable[...
 
     @cache  # made when first asked for
     def agreed(everyone: bool) -> Callable[..., None]:
-        members = device_mesh.mesh.numpy()[() if everyone else stage].ravel().tolist()
+        members = processes[() if everyone else stage].ravel().tolist()
         limit = _timeout(device_mesh.get_group(names[0]), device_mesh.device_type) or timedelta(seconds=TIMEOUT_S)
         name = f"mesh {zlib.crc32(repr((names, members)).encode()):x}"
         return _agreement(name, members, limit)

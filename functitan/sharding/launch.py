@@ -5,11 +5,13 @@ Invariant: no process outlives the call, however the call ends. Whatever travels
 
 from __future__ import annotations
 
+import importlib
 import math
 import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import sys
 import threading
 import time
@@ -19,6 +21,7 @@ from contextlib import suppress
 from io import BytesIO
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +32,7 @@ from functitan.errors import CollectiveError, FunctitanError, report
 GRACE_S = 1.0  # after one rank has failed, for others to tell a better reason
 EXIT_S = 5.0  # after the last result, for processes to end by themselves
 HOST = "127.0.0.1"
+_LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 
 def launch(fn: Callable[..., Any], *args: Any, nprocs: int, timeout: float | None = None) -> list[Any]:
@@ -48,7 +52,7 @@ def launch(fn: Callable[..., Any], *args: Any, nprocs: int, timeout: float | Non
     """
     work = _work(fn, args, nprocs)
     context = multiprocessing.get_context("spawn")
-    store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)  # here, so that it outlives every rank
+    store = _local_store()  # here, so that it outlives every rank
     workers: list[_Worker] = []
     try:
         for rank in range(nprocs):
@@ -72,6 +76,17 @@ def launch(fn: Callable[..., Any], *args: Any, nprocs: int, timeout: float | Non
             worker.process.kill()
         for worker in workers:
             worker.process.join()
+
+
+def _local_store() -> dist.TCPStore:
+    """A store that this machine's processes alone can reach: torch's own socket listens on every interface."""
+    with socket.socket() as listener:
+        listener.bind((HOST, 0))
+        port = listener.getsockname()[1]
+        # the store closes the descriptor that it is given; tried on torch 2.13
+        return dist.TCPStore(
+            HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=os.dup(listener.fileno())
+        )
 
 
 class _Worker(NamedTuple):
@@ -132,6 +147,7 @@ def _run(pipe: Connection, environ: dict[str, str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends this process
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.update(environ)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)  # else gloo listens where the host's name points
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(environ["WORLD_SIZE"])))
     try:
         fn, args = map(_unpacked, pickle.loads(pipe.recv_bytes()))
@@ -209,12 +225,19 @@ def _work(fn: Callable[..., Any], args: tuple[Any, ...], nprocs: int) -> bytes:
 
 
 def _whole(fn: Callable[..., Any]) -> Callable[..., Any] | bytes:
-    """A function of a notebook, which no process can import, as bytes with all the globals it uses."""
+    """A function of a notebook, which no process can import, as bytes with all the globals that it uses.
+
+    Modules among these globals travel by name: dill would pack the contents of one that is installed for editing.
+    """
     if getattr(fn, "__module__", None) != "__main__":
         return fn
     import dill  # comes with datasets; changes pickle when imported
 
-    return dill.dumps(fn, recurse=True)
+    buffer = BytesIO()
+    pickler = dill.Pickler(buffer, recurse=True)
+    pickler.persistent_id = _name_of_module
+    pickler.dump(fn)
+    return buffer.getvalue()
 
 
 def _known(fn: Callable[..., Any] | bytes) -> Callable[..., Any]:
@@ -222,7 +245,14 @@ def _known(fn: Callable[..., Any] | bytes) -> Callable[..., Any]:
         return fn
     import dill
 
-    return dill.loads(fn)
+    unpickler = dill.Unpickler(BytesIO(fn))
+    unpickler.persistent_load = importlib.import_module
+    return unpickler.load()
+
+
+def _name_of_module(obj: Any) -> str | None:
+    """The name under which a new process imports `obj`, if it is a module; else `None`: `obj` travels by value."""
+    return obj.__name__ if isinstance(obj, ModuleType) and obj.__name__ != "__main__" else None
 
 
 def _died(rank: int, process: BaseProcess) -> str:

@@ -1,4 +1,4 @@
-"""A mesh of threads: every rank of an SPMD program in one process, with collectives that meet at a table.
+"""Where the ranks of a virtual mesh, threads of one process, meet: collectives and messages through a table.
 
 Invariant: the last rank to arrive at a collective works out every rank's result, summing in rank order, so results
 are the same bits in every run, and no rank reads another's tensor after that one's wait. A rank that fails, leaves, or
@@ -7,7 +7,6 @@ runs another program ends the others with an error instead of a hang.
 
 from __future__ import annotations
 
-import contextvars
 import functools
 import itertools
 import threading
@@ -16,78 +15,19 @@ from typing import Any
 
 import torch
 
-from functitan.errors import CollectiveError, MeshError, check_function, report
-from functitan.sharding.context import current, using, within
-from functitan.sharding.mesh import Mesh, MeshSizes, Pending, Transport, Wait, mesh_sizes
+from functitan.errors import CaptureError, CollectiveError, report
+from functitan.sharding.context import current
+from functitan.sharding.mesh import MeshSizes, Pending, Transport, Wait
 from functitan.sharding.program import describe, disagree, waited
 from functitan.sharding.rules import Dims
 
-TIMEOUT_S = 120.0
 
-
-def simulate(*, timeout: float = TIMEOUT_S, **sizes: int) -> Callable[[Callable[..., Any]], Callable[..., list[Any]]]:
-    """A wrapper that runs `fn(mesh, *args)` once for each rank of a virtual mesh; the list of their results, by rank.
-
-    Each rank is a thread of this process with its own `mesh` value; ranks share `args`. `timeout` in seconds ends a
-    collective that a rank does not join. The first failing rank's error is raised, with its rank as a note.
-
-    >>> import functitan as ft
-    >>> simulate(dp=2, tp=2)(lambda mesh, x: x + mesh.rank)(10)
-    [10, 11, 12, 13]
-    """
-    known = mesh_sizes(sizes or {"dp": 1})
-
-    if not timeout > 0:
-        raise MeshError(report("ft.simulate", [f"timeout is {timeout}"], "give seconds, more than 0"))
-
-    def wrap(fn: Callable[..., Any]) -> Callable[..., list[Any]]:
-        check_function(fn, "ft.simulate(...)")
-
-        @functools.wraps(fn)
-        def run(*args: Any, **kwargs: Any) -> list[Any]:
-            return _run(fn, known, timeout, args, kwargs)
-
-        return run
-
-    return wrap
-
-
-def _run(fn: Callable[..., Any], sizes: MeshSizes, timeout: float, args: tuple, kwargs: dict) -> list[Any]:
-    coordinates = list(itertools.product(*(range(n) for n in sizes.sizes)))
-    table = _Table(len(coordinates), timeout)
-    results: list[Any] = [None] * len(coordinates)
-    grad = torch.is_grad_enabled()
-
-    def work(rank: int) -> None:
-        mesh = Mesh(sizes, coordinates[rank], _transport(table, sizes, coordinates[rank]))
-        env = current() if rank == 0 else current()._replace(ledger=None)
-        try:
-            with using(env), torch.set_grad_enabled(grad):
-                results[rank] = within(f"rank {rank}", functools.partial(fn, mesh, *args, **kwargs))
-            table.leave(rank)
-        except BaseException as error:
-            table.leave(rank, error)
-
-    threads = [
-        threading.Thread(target=contextvars.copy_context().run, args=(work, rank), name=f"rank {rank}", daemon=True)
-        for rank in range(len(coordinates))
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if table.errors:
-        rank, error = next(((r, e) for r, e in table.errors if not isinstance(e, CollectiveError)), table.errors[0])
-        error.add_note(f"on virtual rank {rank}, coordinate {dict(zip(sizes.dims, coordinates[rank], strict=True))}")
-        raise error
-    return results
-
-
-class _Table:
-    """Where the ranks of one virtual mesh meet. Its state lives as long as one `simulate` call."""
+class Table:
+    """Where the ranks of one virtual mesh meet. A table lives as long as one `simulate` call."""
 
     def __init__(self, world: int, timeout: float) -> None:
         self.condition = threading.Condition()
+        self.world = world
         self.timeout = timeout
         self.counts: dict[tuple[int, tuple[int, ...]], int] = {}
         self.arrived: dict[Any, dict[int, tuple[Any, Any]]] = {}
@@ -97,6 +37,7 @@ class _Table:
         self.mail: dict[tuple[int, int, int], tuple[tuple, Any]] = {}  # by (from, to, number)
         self.left: set[int] = set()
         self.errors: list[tuple[int, BaseException]] = []
+        self.interrupted = False
 
     def leave(self, rank: int, error: BaseException | None = None) -> None:
         with self.condition:
@@ -105,9 +46,29 @@ class _Table:
                 self.errors.append((rank, error))
             self.condition.notify_all()
 
+    def interrupt(self, error: BaseException) -> None:
+        """End every rank at its next collective, also one whose partners are all there."""
+        with self.condition:
+            self.interrupted = True
+            self.errors.insert(0, (0, error))
+            self.condition.notify_all()
+
+    def _go_on(self) -> None:
+        if self.interrupted:
+            raise CollectiveError(report("ft.simulate", ["the call was interrupted"], "start it again"))
+
+    def wait(self, ranks: int | None = None, timeout: float | None = None) -> None:
+        """Wait until so many ranks, all by default, have left."""
+        with self.condition:
+            self.condition.wait_for(lambda: len(self.left) >= (self.world if ranks is None else ranks), timeout)
+
     def meet(self, rank: int, group: tuple[int, ...], program: Any, x: Any, combine: Callable[[list], list]) -> Wait:
         """Hand in `x`; what waits for the group, and takes away this rank's part of `combine` of all."""
+        if current().capture is not None:  # whoever traces holds a lock: the other ranks would never come
+            problem = f"rank {rank} {_does(program)} inside a function that is being captured"
+            raise CaptureError(report("a virtual mesh", [problem], FIX_CAPTURE))
         with self.condition:
+            self._go_on()
             count = self.counts[rank, group] = self.counts.get((rank, group), 0) + 1
             key = (group, count)
             there = self.arrived.setdefault(key, {})
@@ -140,6 +101,7 @@ class _Table:
 
     def post(self, rank: int, to: int, program: tuple, x: torch.Tensor) -> Pending:
         with self.condition:
+            self._go_on()
             number = self.posted[rank, to] = self.posted.get((rank, to), 0) + 1
             self.mail[rank, to, number] = program, x.clone()
             self.condition.notify_all()
@@ -164,7 +126,7 @@ class _Table:
         return Pending(wait, lambda: key in self.mail)
 
 
-def _transport(table: _Table, sizes: MeshSizes, coordinate: tuple[int, ...]) -> Transport:
+def transport_of(table: Table, sizes: MeshSizes, coordinate: tuple[int, ...]) -> Transport:
     strides = [1]
     for n in reversed(sizes.sizes[1:]):
         strides.insert(0, strides[0] * n)
@@ -228,7 +190,7 @@ _REDUCE: dict[str, Callable[[list[torch.Tensor]], torch.Tensor]] = {
 }
 
 
-def _missing(rank: int, group: tuple, there: dict, program: Any, table: _Table, done: bool) -> str:
+def _missing(rank: int, group: tuple, there: dict, program: Any, table: Table, done: bool) -> str:
     absent = sorted(set(group) - set(there))
     if table.errors:
         why = [
@@ -250,3 +212,8 @@ def _does(program: Any) -> str:
 def _text(program: tuple) -> str:
     kind, dims, shape, dtype, *note = program
     return describe(kind, dims, shape, dtype, tuple(note))
+
+
+FIX_CAPTURE = (
+    "capture inside each rank: ft.simulate(...)(lambda mesh, x: ft.jit(ft.spmd(fn, mesh=mesh, rules=rules))(x))"
+)

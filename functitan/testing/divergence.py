@@ -23,7 +23,7 @@ from functitan.sharding.layout import Layout, block_of, global_shape
 from functitan.sharding.ledger import Entry, Ledger, Taps
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.rules import AxisRules
-from functitan.sharding.virtual import simulate
+from functitan.sharding.simulate import simulate
 from functitan.testing.asserts import bound_of, distance
 
 

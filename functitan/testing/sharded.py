@@ -13,7 +13,7 @@ from functitan.ops.move import shard, unshard
 from functitan.sharding.context import spmd
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.rules import AxisRules
-from functitan.sharding.virtual import simulate
+from functitan.sharding.simulate import simulate
 from functitan.testing.asserts import assert_trees_all_close
 
 

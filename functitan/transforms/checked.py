@@ -44,6 +44,11 @@ def checked(fn: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(fn)
     def inside(*args: Any, **kwargs: Any) -> Any:
         env = current()
+        if (
+            env.capture is not None
+        ):  # nothing is sent while a program is traced: what it sends is compared before it runs
+            env.capture.compared = True
+            return fn(*args, **kwargs)
         if env.checked or (env.mesh is not None and env.mesh.transport.name == "explain"):
             return fn(*args, **kwargs)
         agree = env.mesh.transport.agree if env.mesh is not None else lambda program, wait=True: None
