@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functitan import random
+from functitan import threefry
 from functitan.axes import parse_axes
 from functitan.errors import PatternError, report
 
@@ -71,12 +71,12 @@ class Param:
 
 def normal(std: float) -> Initializer:
     """Normal values of mean 0."""
-    return lambda key, param, block: random.normal(key, param.shape, dtype=param.dtype, block=block).mul_(std)
+    return lambda key, param, block: threefry.normal(key, param.shape, dtype=param.dtype, block=block).mul_(std)
 
 
 def uniform(low: float, high: float) -> Initializer:
     """Uniform values in [low, high)."""
-    return lambda key, param, block: random.uniform(
+    return lambda key, param, block: threefry.uniform(
         key, param.shape, low=low, high=high, dtype=param.dtype, block=block
     )
 

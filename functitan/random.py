@@ -1,300 +1,251 @@
-"""Counter-based random numbers: a key and an index give a value, and no generator has a state.
+"""`ft.random`: keys, and numbers drawn by the global index of each element.
 
-Invariant: an element depends only on the key and on its row-major int64 index in the global shape. So a block of a
-tensor is bitwise the slice of the whole, and every sharding of a tensor holds the same numbers.
+Invariant: on every mesh a rank's shard is bitwise the slice of what one process draws. A key and an index give a value
+(`functitan.threefry`); no generator has a state, and nothing is sent.
 
-The generator is Threefry-2x32 with 20 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011),
-one call for each element. `key`, `split`, `fold_in` and `bits` give the numbers of `jax.random` (with
-`jax_threefry_partitionable`, its default). As there, a key is used once: either to sample, or to derive other keys.
+Every draw takes `shape`, the *global* shape, or `like`, a tensor of this rank. With `pattern` the result is this rank's
+shard in the layout of the pattern, in the order that `ft.context_parallel` gives its tokens; without a mesh it is the
+whole. `like`, which needs `pattern`, gives the global shape of which it is a shard, and the device; to `normal` and
+`uniform` also the dtype. The result has the axes that an `ft.vmap` hides in `like` or in the key: along those of the
+key numbers differ, along the others they are equal. `block`, one `slice(start, stop)` for each axis, asks for that part
+of the global tensor instead. `device` is by default that of `like`, or the key's.
+
+On a mesh a draw with neither `pattern` nor `block` raises `FunctitanError`: every rank would draw the same numbers.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from hashlib import blake2b
-from itertools import product
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode  # private; tried on torch 2.13; used in `_sample` only
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from functitan import threefry
+from functitan.axes import Axes, parse_axes
 from functitan.errors import FunctitanError, report
+from functitan.ops.function import Hiddens, hidden_axes, hide
+from functitan.ops.operands import Operand, check_operands
+from functitan.ops.types import Type, layout_here
+from functitan.sharding.context import Env, current
+from functitan.sharding.layout import Layout, block_of, check_leaves, check_rank, global_shape
+from functitan.threefry import fold_in, key, split
 
-Block = Sequence[slice]
-Device = torch.device | str
+__all__ = ["bernoulli", "bits", "fold_in", "key", "normal", "randint", "split", "uniform"]
 
-_CHUNK = 2**16  # elements sampled at once: the work buffers stay in the cache
-_MASK = 2**32 - 1
-_error = lambda problem, fix: FunctitanError(report("ft.random", [problem], fix))
-
-
-def key(seed: int) -> Tensor:
-    """A key from a seed.
-
-    Arguments: `seed`, an int in [0, 2**64). Result: int64 of shape (2,), two words of 32 bits.
-    Raises FunctitanError for another seed.
-
-    >>> key(7)
-    tensor([0, 7])
-    """
-    _check_64_bits(seed, "seed")
-    return torch.tensor([seed >> 32, seed & _MASK], dtype=torch.int64)
+Shape = Sequence[int] | None
+Block = Sequence[slice] | None
+Device = torch.device | str | None
 
 
-def split(key: Tensor, n: int = 2) -> Tensor:
-    """`n` new keys, which are independent of each other and, if `key` is not used again, of all else.
+class Place(NamedTuple):
+    """Where numbers lie: the global shape, the blocks of it that this rank has side by side, and hidden axes."""
 
-    Arguments: `key`, int64 (2,). Result: int64 (n, 2); row i is `fold_in(key, i)`.
-    Raises FunctitanError for a bad key or a negative `n`.
-
-    >>> first, second = split(key(0))
-    """
-    check_key(key)
-    _check_shape((n,))
-    counter = torch.arange(n, dtype=torch.int64, device=key.device)
-    return torch.stack([_unsigned(word) for word in _threefry(key, counter)], -1)
+    shape: tuple[int, ...]
+    blocks: tuple[Block, ...]
+    along: int = 0  # the dimension in which blocks lie side by side
+    hidden: Hiddens = ()
 
 
-def fold_in(key: Tensor, data: int | str | Tensor) -> Tensor:
-    """A new key for `data`: a step, a layer's index, the path of a leaf.
+def bits(
+    key: Tensor,
+    shape: Shape = None,
+    *,
+    pattern: str | None = None,
+    like: Tensor | None = None,
+    block: Block = None,
+    device: Device = None,
+) -> Tensor:
+    """Uniform integers in [0, 2**32), int64.
 
-    Arguments: `key`, int64 (2,); `data`, an int in [0, 2**64), a str (its 64-bit BLAKE2b hash is used, so that the
-    result is the same in every process) or an integer tensor of shape () (so that a captured step can fold in its
-    own counter). Result: int64 (2,). Raises FunctitanError for other data and for a bad key.
+    `key` is int64 (2,); the others are as the module says. Raises `FunctitanError` for a bad key, shape, pattern or
+    block, and its kinds for a pattern that the rules do not know or a size that its mesh dims do not divide.
 
-    >>> dropout_key = fold_in(fold_in(key(0), "blocks.3.dropout"), 100)
-    """
-    check_key(key)
-    if isinstance(data, Tensor):
-        if data.ndim or data.is_floating_point() or data.is_complex() or data.dtype == torch.bool:
-            raise _error(f"fold_in: data is {data.dtype} {tuple(data.shape)}", "a tensor must be an integer, []")
-        counter = data.to(key.device, torch.int64)
-    else:
-        if isinstance(data, str):
-            data = int.from_bytes(blake2b(data.encode(), digest_size=8).digest(), "little")
-        _check_64_bits(data, "fold_in: data")
-        counter = torch.full((), data if data < 2**63 else data - 2**64, dtype=torch.int64, device=key.device)
-    return torch.stack([_unsigned(word) for word in _threefry(key, counter)], -1)
-
-
-def bits(key: Tensor, shape: Sequence[int], *, block: Block | None = None, device: Device | None = None) -> Tensor:
-    """Uniform integers in [0, 2**32).
-
-    Arguments: `key`, int64 (2,); `shape`, the *global* shape; `block`, one `slice(start, stop)` for each axis: the
-    part that is wanted (None: all of it); `device`, the key's own by default. Result: int64 of the block's shape.
-    Raises FunctitanError for a bad key, shape or block.
-
-    >>> bits(key(0), (4,))
+    >>> bits(key(0), (4,), pattern="batch")
     tensor([4070199207, 4202968722, 1427181096, 2012915765])
     >>> bits(key(0), (4,), block=[slice(1, 3)])
     tensor([4202968722, 1427181096])
     """
-    return _sample(lambda first, second: _unsigned(first ^ second), torch.int64, key, shape, block, device)
+    return _drawn("bits", threefry.bits, key, shape, pattern, like, block, device)
 
 
 def uniform(
     key: Tensor,
-    shape: Sequence[int],
+    shape: Shape = None,
     *,
+    pattern: str | None = None,
+    like: Tensor | None = None,
     low: float = 0.0,
     high: float = 1.0,
-    dtype: torch.dtype = torch.float32,
-    block: Block | None = None,
-    device: Device | None = None,
+    dtype: torch.dtype | None = None,
+    block: Block = None,
+    device: Device = None,
 ) -> Tensor:
     """Uniform numbers in [low, high), of as many random bits as `dtype` has digits (float32: 24).
 
     Every number in [0, 1) is an exact multiple of 2**-digits. With other bounds, rounding to `dtype` may give `high`.
+    `low` <= `high`, finite; `dtype` is float16, bfloat16, float32 (the default) or float64. Raises as `bits` does.
 
-    Arguments: as for `bits`; `low` <= `high`, finite; `dtype`, float16, bfloat16, float32 or float64.
-    Result: `dtype`, of the block's shape. Raises FunctitanError for bad arguments.
-
-    >>> uniform(key(0), (2, 2), low=-1.0)[0, 0].item()
+    >>> uniform(key(0), (2, 2), pattern="batch embed", low=-1.0)[0, 0].item()
     0.8953...
     """
-    digits = _digits(dtype)
-    if not (math.isfinite(high - low) and low <= high):
-        raise _error(f"uniform: low={low}, high={high}", "give finite numbers with low <= high")
-
-    def draw(first: Tensor, second: Tensor) -> Tensor:
-        if digits <= 32:
-            integer = _unsigned(first ^ second) >> (32 - digits)
-        else:
-            integer = _unsigned(first) << (digits - 32) | _unsigned(second) >> (64 - digits)
-        return (low + (high - low) * (integer.double() * 2.0**-digits)).to(dtype)
-
-    return _sample(draw, dtype, key, shape, block, device)
+    draw = partial(threefry.uniform, low=low, high=high, dtype=_dtype(dtype, like))
+    return _drawn("uniform", draw, key, shape, pattern, like, block, device)
 
 
 def normal(
     key: Tensor,
-    shape: Sequence[int],
+    shape: Shape = None,
     *,
-    dtype: torch.dtype = torch.float32,
-    block: Block | None = None,
-    device: Device | None = None,
+    pattern: str | None = None,
+    like: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    block: Block = None,
+    device: Device = None,
 ) -> Tensor:
     """Numbers of the standard normal distribution, at most 6.8 in magnitude.
 
-    The cosine half of Box and Muller (1958): sqrt(-2 log u) cos(2 pi v), for u and v from the two words of an element.
-    It is computed in float64 and rounded once, so that bits do not hang on the last digit of a device's log and cos.
+    `dtype` is float16, bfloat16, float32 (the default) or float64. Raises as `bits` does.
 
-    Arguments: as for `bits`; `dtype`, float16, bfloat16, float32 or float64. Result: `dtype`, of the block's shape.
-    Raises FunctitanError for bad arguments.
-
-    >>> whole = normal(key(0), (8, 6))
-    >>> torch.equal(normal(key(0), (8, 6), block=(slice(2, 4), slice(None))), whole[2:4])
+    >>> noisy = lambda key, x: x + normal(key, pattern="batch embed", like=x)
+    >>> torch.equal(noisy(key(0), torch.zeros(8, 6)), normal(key(0), (8, 6)))
     True
     """
-    _digits(dtype)
-
-    def draw(first: Tensor, second: Tensor) -> Tensor:
-        radius = torch.sqrt(torch.log(_open_unit(first)) * -2.0)
-        return (radius * torch.cos(_open_unit(second) * (2.0 * math.pi))).to(dtype)
-
-    return _sample(draw, dtype, key, shape, block, device)
+    draw = partial(threefry.normal, dtype=_dtype(dtype, like))
+    return _drawn("normal", draw, key, shape, pattern, like, block, device)
 
 
 def bernoulli(
-    key: Tensor, p: float, shape: Sequence[int], *, block: Block | None = None, device: Device | None = None
-) -> Tensor:
-    """True with probability `p`, rounded to a multiple of 2**-32; 0 and 1 are exact.
-
-    Arguments: `p` in [0, 1]; the others as for `bits`. Result: bool, of the block's shape.
-    Raises FunctitanError for bad arguments.
-
-    >>> keep = bernoulli(key(0), 0.9, (4, 8))
-    """
-    if not 0.0 <= p <= 1.0:
-        raise _error(f"bernoulli: p={p}", "give a probability in [0, 1]")
-    threshold = round(p * 2**32)
-    return _sample(lambda first, second: _unsigned(first ^ second) < threshold, torch.bool, key, shape, block, device)
-
-
-def _sample(
-    draw: Callable[[Tensor, Tensor], Tensor],
-    dtype: torch.dtype,
     key: Tensor,
-    shape: Sequence[int],
-    block: Block | None,
-    device: Device | None,
+    p: float,
+    shape: Shape = None,
+    *,
+    pattern: str | None = None,
+    like: Tensor | None = None,
+    block: Block = None,
+    device: Device = None,
 ) -> Tensor:
-    """`draw` of the two words of every element of a block, in boxes of at most `_CHUNK` elements."""
-    check_key(key)
-    shape = _check_shape(shape)
-    bounds = _check_block(block, shape)
-    key = key if device is None else key.to(device)
-    runs = _runs(shape, bounds)
-    sizes = [size for _, size, _ in runs]
-    # A trace holds a few dozen nodes for each box, and fake tensors use no memory: there, one box.
-    traced = key.is_meta or get_proxy_mode() is not None or detect_fake_mode(key) is not None
-    boxes = _boxes(sizes, max(1, math.prod(sizes)) if traced else _CHUNK)
-    words = (_threefry(key, _indices(runs, box, key.device)) for box in boxes)
-    if len(boxes) == 1:
-        return draw(*next(words)).reshape([stop - start for start, stop in bounds])
-    out = key.new_empty(sizes, dtype=dtype)  # of the key, so that it is batched under vmap over keys
-    for box, pair in zip(boxes, words, strict=True):
-        out[box] = draw(*pair)
-    return out.reshape([stop - start for start, stop in bounds])
+    """True with probability `p` in [0, 1], rounded to a multiple of 2**-32; 0 and 1 are exact.
+
+    Raises as `bits` does.
+
+    >>> keep = bernoulli(key(0), 0.9, (4, 8), pattern="batch embed")
+    """
+    draw = lambda key, shape, **kw: threefry.bernoulli(key, p, shape, **kw)
+    return _drawn("bernoulli", draw, key, shape, pattern, like, block, device)
 
 
-def _runs(shape: tuple[int, ...], bounds: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
-    """The axes of a block as (first index, size, stride), an axis that is whole merged into the one before it."""
-    runs: list[tuple[int, int, int]] = []
-    stride = math.prod(shape)
-    for size, (start, stop) in zip(shape, bounds, strict=True):
-        stride = stride // size if size else 0
-        if runs and stop - start == size:
-            first, length, _ = runs.pop()
-            runs.append((first, length * size, stride))
-        else:
-            runs.append((start * stride, stop - start, stride))
-    return runs
+def randint(
+    key: Tensor,
+    shape: Shape,
+    low: int,
+    high: int,
+    *,
+    pattern: str | None = None,
+    like: Tensor | None = None,
+    block: Block = None,
+    device: Device = None,
+) -> Tensor:
+    """Integers in [low, high), int64: at most 2**32 of them, whose probabilities differ by a part of 2**-31 at most.
+
+    With `like`, `shape` is `None`. Raises as `bits` does.
+
+    >>> steps = randint(key(0), (8,), 0, 1000, pattern="batch")
+    """
+    draw = lambda key, shape, **kw: threefry.randint(key, shape, low, high, **kw)
+    return _drawn("randint", draw, key, shape, pattern, like, block, device)
 
 
-def _boxes(sizes: list[int], limit: int) -> list[tuple[slice, ...]]:
-    """Cuts a box of `sizes` into boxes of at most `limit` elements: trailing axes whole, one axis cut evenly."""
-    cuts: list[list[slice]] = []
-    for size in reversed(sizes):
-        parts = -(-size // max(1, limit))
-        step = -(-size // max(1, parts))
-        cuts.append([slice(at, min(at + step, size)) for at in range(0, size, step)] if size else [slice(0, 0)])
-        limit = limit // max(1, size) if parts <= 1 else 1
-    return list(product(*reversed(cuts)))
+def place_like(axes: Axes, x: Tensor, key: Tensor, env: Env) -> Place:
+    """Where numbers for a tensor with these axes lie: beside it, with the axes that vmaps hide in it or in the key."""
+    if env.mesh is None:
+        return Place(tuple(x.shape), (None,))
+    full = layout_here(axes, x, env)
+    own = Layout(axes, tuple(full.of(axis) for axis in axes))
+    return _place(axes, global_shape(own, tuple(x.shape), env.mesh.sizes), (x, key), env)
 
 
-def _indices(runs: list[tuple[int, int, int]], box: tuple[slice, ...], device: torch.device) -> Tensor:
-    index = torch.zeros((), dtype=torch.int64, device=device)
-    for (first, _, stride), part in zip(runs, box, strict=True):
-        size = part.stop - part.start
-        step = torch.arange(size, dtype=torch.int64, device=device) * stride + (first + part.start * stride)
-        index = index.unsqueeze(-1) + step
-    return index
+def draw_at(place: Place, draw: Callable[..., Tensor], key: Tensor, device: Device = None) -> Tensor:
+    """`draw(key, shape, block=, device=)` of the blocks of this rank, side by side, with the hidden axes."""
+    parts = [draw(key, place.shape, block=block, device=device) for block in place.blocks]
+    found = parts[0] if len(parts) == 1 else torch.cat(parts, place.along)
+    levels = {h.level for h in hidden_axes(found, current())} if place.hidden else set()
+    missing = tuple(h for h in place.hidden if h.level not in levels)
+    if not missing:
+        return found
+    if not levels:
+        return hide(found, missing)
+    return torch.where(hide(torch.ones((), dtype=torch.bool, device=found.device), missing), found, found)
 
 
-def _threefry(key: Tensor, counter: Tensor) -> tuple[Tensor, Tensor]:
-    """Threefry-2x32-20 of an int64 counter. All ops are out of place and wrap around in int32."""
-    keys = [word.to(torch.int32) for word in key.unbind(-1)]
-    keys.append(keys[0] ^ keys[1] ^ 0x1BD11BDA)
-    first = (counter >> 32).to(torch.int32) + keys[0]
-    second = counter.to(torch.int32) + keys[1]
-    for group in range(5):
-        for rotation in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
-            first = first + second
-            second = first ^ (second << rotation | second >> (32 - rotation) & (1 << rotation) - 1)
-        first = first + keys[(group + 1) % 3]
-        second = second + (keys[(group + 2) % 3] + (group + 1))
-    return first, second
+def _place(axes: Axes, shape: tuple[int, ...], batched: tuple[Tensor, ...], env: Env) -> Place:
+    """Where a global shape lies on this rank, beside what vmaps hide in these tensors."""
+    assert env.mesh is not None
+    hidden = tuple(sorted({h for x in batched for h in hidden_axes(x, env, frozenset(axes))}))
+    full = Type(axes).resolve(hidden, env)
+    layout = Layout(axes, full.dims[len(hidden) :])
+    block = block_of(layout, shape, env.mesh)
+    if env.sequence.ranks(env.sequence.axis, env.mesh.sizes) == 1 or env.sequence.axis not in axes:
+        return Place(shape, (block,), 0, hidden)
+    at = axes.index(env.sequence.axis)
+    held = env.sequence.held(axes[at], block[at].stop - block[at].start, layout.dims[at], env.mesh)
+    runs = [slice(run.first, run.first + run.size) for run in held]
+    return Place(shape, tuple((*block[:at], run, *block[at + 1 :]) for run in runs), at, hidden)
 
 
-def _unsigned(word: Tensor) -> Tensor:
-    return word.to(torch.int64) & _MASK
+def _drawn(
+    name: str,
+    draw: Callable[..., Tensor],
+    key: Tensor,
+    shape: Shape,
+    pattern: str | None,
+    like: Tensor | None,
+    block: Block,
+    device: Device,
+) -> Tensor:
+    what, env = f"ft.random.{name}", current()
+    threefry.check_key(key)
+    _check_given(what, shape, pattern, like, block, env)
+    if pattern is None:
+        return draw(key, shape, block=block, device=device)
+    axes = parse_axes(pattern)
+    if like is not None:
+        check_operands(f"{what}(pattern={pattern!r})", Operand("like", like, axes))
+        place = place_like(axes, like, key, env)
+        return draw_at(place, draw, key, like.device if device is None else device)
+    assert shape is not None
+    whole = threefry.check_shape(shape)
+    check_rank(axes, whole, what)
+    if env.mesh is None:
+        return draw_at(Place(whole, (None,)), draw, key, device)
+    assert env.rules is not None
+    check_leaves(what, [("the result", pattern, whole)], env.rules, env.mesh.sizes)
+    return draw_at(_place(axes, whole, (key,), env), draw, key, device)
 
 
-def _open_unit(word: Tensor) -> Tensor:
-    """An int32 word as a float64 in (0, 1), by (unsigned word + 1/2) / 2**32."""
-    return ((word ^ -(2**31)).double() + (2.0**31 + 0.5)) * 2.0**-32
+def _dtype(dtype: torch.dtype | None, like: Tensor | None) -> torch.dtype:
+    if dtype is not None:
+        return dtype
+    return like.dtype if isinstance(like, Tensor) else torch.float32
 
 
-def _digits(dtype: torch.dtype) -> int:
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise _error(f"dtype={dtype}", "give torch.float16, bfloat16, float32 or float64")
-    return 1 - round(math.log2(torch.finfo(dtype).eps))
+def _check_given(what: str, shape: Shape, pattern: str | None, like: Tensor | None, block: Block, env: Env) -> None:
+    problems = ["both shape and like are given"] if shape is not None and like is not None else []
+    problems += ["neither shape nor like is given"] if shape is None and like is None else []
+    problems += ["like is given without a pattern"] if like is not None and pattern is None else []
+    problems += ["both pattern and block are given"] if block is not None and pattern is not None else []
+    if problems:
+        fix = f"write {what}(key, shape, pattern='batch embed') of a global shape, or pattern='batch embed', like=x"
+        raise FunctitanError(report(what, problems, fix))
+    if pattern is None and block is None and env.mesh is not None and max(env.mesh.sizes.sizes, default=1) > 1:
+        over = "·".join(f"{dim}={n}" for dim, n in zip(*env.mesh.sizes, strict=True) if n > 1)
+        shown = list(shape) if isinstance(shape, Sequence) else shape
+        problem = f"shape {shown} has no pattern, on a mesh ({over}): every rank would draw the same numbers"
+        raise FunctitanError(report(what, [problem], _FIX_PLAIN))
 
 
-def _check_64_bits(value: int, name: str) -> None:
-    if type(value) is not int or not 0 <= value < 2**64:
-        raise _error(f"{name}={value!r}", "give an int in [0, 2**64)")
-
-
-def check_key(key: Tensor, what: str = "ft.random") -> None:
-    """Raise FunctitanError for what is no key."""
-    if not isinstance(key, Tensor) or key.dtype != torch.int64 or tuple(key.shape) != (2,):
-        found = f"a tensor {key.dtype} {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)
-        fix = "make it by ft.random.key(seed), an int64 tensor of shape (2,); of ft.random.split take one row"
-        raise FunctitanError(report(what, [f"the key is {found}"], fix))
-
-
-def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    sizes = shape if isinstance(shape, Sequence) else (-1,)
-    if not all(type(size) is int and size >= 0 for size in sizes) or math.prod(sizes) >= 2**63:
-        raise _error(f"shape={shape!r}", "give a sequence of ints >= 0, fewer than 2**63 elements")
-    return tuple(shape)
-
-
-def _check_block(block: Block | None, shape: tuple[int, ...]) -> list[tuple[int, int]]:
-    if block is None:
-        return [(0, size) for size in shape]
-    if not isinstance(block, Sequence) or len(block) != len(shape) or not all(isinstance(s, slice) for s in block):
-        raise _error(f"block={block!r}", f"give one slice for each of the {len(shape)} axes of shape {shape}")
-    bounds = [(s.start or 0, size if s.stop is None else s.stop) for s, size in zip(block, shape, strict=True)]
-    bad = [
-        f"axis {axis}: {s} of size {size}"
-        for axis, (s, size, (start, stop)) in enumerate(zip(block, shape, bounds, strict=True))
-        if s.step not in (None, 1) or {type(start), type(stop)} != {int} or not 0 <= start <= stop <= size
-    ]
-    if bad:
-        raise _error(f"block of shape {shape}: {'; '.join(bad)}", "give 0 <= start <= stop <= size, and step 1")
-    return bounds
+_FIX_PLAIN = (
+    "say which shard this is: pattern='batch embed' with the global shape, or with like=x for a tensor x of this rank; "
+    "pattern='' for a scalar"
+)

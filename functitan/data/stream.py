@@ -22,7 +22,7 @@ from datasets import Dataset, IterableDataset
 from tiktoken import Encoding
 from torch import Tensor
 
-from functitan import random
+from functitan import threefry
 from functitan.data.documents import END_OF_TEXT, Corpus, problems_of
 from functitan.errors import FunctitanError, report
 
@@ -70,13 +70,13 @@ def token_stream(
     """
     window_size = shuffle or 1
     _check_stream(documents, encoding, seq_len=seq_len, batch_size=batch_size, shuffle=window_size)
-    key = random.key(seed)
+    key = threefry.key(seed)
     lock = threading.Lock()  # ranks that are threads share a stream: one of them reads a window for all
 
     def permutation(n: int, *place: int | str) -> np.ndarray:
         if not shuffle or n == 1:
             return np.arange(n)
-        return torch.argsort(random.bits(reduce(random.fold_in, place, key), (n,)), stable=True).cpu().numpy()
+        return torch.argsort(threefry.bits(reduce(threefry.fold_in, place, key), (n,)), stable=True).cpu().numpy()
 
     is_stream = isinstance(documents, IterableDataset)
     text_at = _texts_of_stream(documents) if is_stream else _texts_in_order(documents, permutation)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from functitan import random, tree
+from functitan import threefry, tree
 from functitan.errors import MeshError, report
 from functitan.models import llama
 from functitan.ops.attention import attention
@@ -47,7 +47,7 @@ def generate(
 
     >>> params = llama.params(config := llama.DEBUG._replace(num_layers=1))
     >>> from functitan.sharding.init import init
-    >>> generate(init(params, random.key(0)), torch.ones(2, 3, dtype=torch.int64), config, key=random.key(1),
+    >>> generate(init(params, threefry.key(0)), torch.ones(2, 3, dtype=torch.int64), config, key=threefry.key(1),
     ...          max_new_tokens=4).shape
     torch.Size([2, 7])
     """
@@ -62,7 +62,7 @@ def generate(
     for i in range(max_new_tokens):
         if i:
             logits, cache = decode(params, tokens[-1], cache, config)
-        tokens.append(_sample(logits, config, None if key is None else random.fold_in(key, i), temperature))
+        tokens.append(_sample(logits, config, None if key is None else threefry.fold_in(key, i), temperature))
     return torch.cat(tokens, 1)
 
 
@@ -115,7 +115,7 @@ def _sample(logits: Tensor, config: llama.LlamaConfig, key: Tensor | None, tempe
     last = unshard(last, "batch vocab", mesh=env.mesh, rules=env.rules)[:, : config.vocab_size].float()
     if temperature > 0:
         assert key is not None
-        noise = random.uniform(key, last.shape, device=last.device).clamp(min=2.0**-25)
+        noise = threefry.uniform(key, last.shape, device=last.device).clamp(min=2.0**-25)
         last = last / temperature - (-noise.log()).log()  # Gumbel's way to sample
     return last.argmax(-1, keepdim=True)
 

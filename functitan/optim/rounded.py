@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functitan import random, tree
+from functitan import threefry, tree
 from functitan.axes import parse_axes
 from functitan.errors import FunctitanError, report
 from functitan.optim.kernels import copy_
@@ -64,9 +64,9 @@ def bfloat16_state(transformation: GradientTransformation, seed: int = 0) -> Gra
         updates, new = transformation.update(
             updates, tree.unflatten(structure, wide), params, patterns=patterns, donate=donate
         )
-        key = random.fold_in(random.key(seed).to(state.count.device), state.count)
+        key = threefry.fold_in(threefry.key(seed).to(state.count.device), state.count)
         rounded = [
-            _rounded(x, random.fold_in(key, path), param, env) if _is_rounded(param) else x
+            _rounded(x, threefry.fold_in(key, path), param, env) if _is_rounded(param) else x
             for x, path, param in zip(tree.leaves(new), tree.paths(new), tree.leaves(declared), strict=True)
         ]
         if donate:
@@ -95,7 +95,7 @@ def _rounded(x: Tensor, key: Tensor, param: Param, env: Env) -> Tensor:
     if env.mesh is not None and env.rules is not None and not any(axis not in env.rules for axis in axes):
         layout = layout_of(axes, table_of(param, env.rules), env.mesh.sizes)
         block = block_of(layout, param.shape, env.mesh)  # numbered axes have no rule: equal on every rank
-    return stochastic_round(x.contiguous(), random.bits(key, param.shape, block=block))
+    return stochastic_round(x.contiguous(), threefry.bits(key, param.shape, block=block))
 
 
 def _is_rounded(leaf: Any) -> bool:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from functitan import random, tree
+from functitan import threefry, tree
 from functitan.errors import FunctitanError, MeshError, report
 from functitan.param import Param
-from functitan.sharding.context import as_mesh
+from functitan.sharding.context import as_mesh, current, using
 from functitan.sharding.layout import Layout, block_of, check_leaves
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.rules import AxisRules
@@ -26,7 +26,7 @@ def init(
     A declaration with `rules` of its own lies under those.
     Raises `LayoutError` that lists every leaf whose sizes its mesh dims do not divide, before anything is allocated.
 
-    >>> params = init({"w": Param("embed mlp", (4, 8))}, random.key(0))
+    >>> params = init({"w": Param("embed mlp", (4, 8))}, threefry.key(0))
     >>> params["w"].shape
     torch.Size([4, 8])
     """
@@ -38,16 +38,17 @@ def init(
         for param, layout in zip(leaves, layouts, strict=True)
     ]
     made = zip(tree.paths(declarations), leaves, blocks, strict=True)
-    return tree.unflatten(
-        structure, [param.init(random.fold_in(key, path), param, block) for path, param, block in made]
-    )
+    with using(current().on(None, None)):  # an initializer sees no mesh: it makes blocks of global values
+        return tree.unflatten(
+            structure, [param.init(threefry.fold_in(key, path), param, block) for path, param, block in made]
+        )
 
 
 def check_declarations(
     declarations: tree.Tree, key: Tensor, mesh: Mesh | None, rules: AxisRules | None, what: str
 ) -> list[Layout | None]:
     """The layout of each leaf on a mesh; raises what `init` would, before anything is allocated."""
-    random.check_key(key, what)
+    threefry.check_key(key, what)
     paths, leaves = tree.paths(declarations), tree.leaves(declarations)
     bad = [
         f"{path or 'the value'} is a {type(leaf).__name__}, not a Param"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functitan import random, tree
+from functitan import threefry, tree
 from functitan.errors import FunctitanError, RulesError, report
 from functitan.sharding.context import Env
 from functitan.sharding.layout import layout_of
@@ -50,7 +50,7 @@ def added(sums: Sums | None, total: Tensor, counted: tuple[Tensor, Any]) -> Sums
 
 def key_of(key: Tensor | None, number: int) -> Tensor | None:
     """The key of a microbatch, by its number among those of all replicas."""
-    return None if key is None else random.fold_in(key, number)
+    return None if key is None else threefry.fold_in(key, number)
 
 
 def replica_dims(batch_axis: str, env: Env, where: str) -> Dims:
