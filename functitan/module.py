@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -22,7 +23,7 @@ from functitan.errors import FunctitanError, PatternError, nearest, report
 from functitan.ops.contraction import move
 from functitan.ops.replica import one_replica, spread
 from functitan.ops.types import Type
-from functitan.param import Block, Initializer, Param
+from functitan.param import Block, Param
 from functitan.sharding.context import current, using
 from functitan.sharding.layout import whole
 from functitan.sharding.steps import Label
@@ -74,7 +75,7 @@ def from_module(
     named_paths = set(named)
     if axes is None:
         return function, _nested({name: x.detach() for name, x in named.items()})
-    declared = {name: _declared(axes[name], x.detach()) for name, x in named.items()}
+    declared = {name: _declared(axes[name], x) for name, x in named.items()}
     return function, _nested(declared)
 
 
@@ -122,14 +123,24 @@ def _axes_of(named: Mapping[str, Tensor], patterns: Mapping[str, str] | None) ->
 
 
 def _declared(axes: Axes, x: Tensor) -> Param:
-    return Param(" ".join(axes), tuple(x.shape), _begins_as(x), x.dtype)
+    return Param(" ".join(axes), tuple(x.shape), _BeginsAs(x), x.dtype)
 
 
-def _begins_as(x: Tensor) -> Initializer:
-    def make(key: Tensor, param: Param, block: Block) -> Tensor:
-        return (x if block is None else x[block]).to(key.device).clone()
+@dataclass(frozen=True, eq=False)
+class _BeginsAs:
+    """An initializer that gives a tensor's values of then; equal to another of the same tensor object alone."""
 
-    return make
+    x: Tensor
+
+    def __call__(self, key: Tensor, param: Param, block: Block) -> Tensor:
+        x = self.x.detach()
+        return (x if block is None else x[block]).to(key.device, copy=True)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BeginsAs) and other.x is self.x
+
+    def __hash__(self) -> int:
+        return id(self.x)
 
 
 def _skeleton(module: nn.Module) -> nn.Module:

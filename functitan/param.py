@@ -1,7 +1,7 @@
 """Declarations of parameters: a pattern, a global shape, and how it begins.
 
-Invariant: a `Param` is a leaf, and allocates nothing. An initializer makes any block of the global value alone, the
-same bits whoever asks.
+Invariant: a `Param` is a leaf, and allocates nothing; equal arguments make equal ones. An initializer makes any block
+of the global value alone, the same bits whoever asks.
 """
 
 from __future__ import annotations
@@ -69,26 +69,34 @@ class Param:
         return f"Param({self.pattern!r}, {self.shape}{dtype})"
 
 
+@dataclass(frozen=True)
+class _Begins:
+    """An initializer as a value: those of one function and equal numbers are equal, and so are declarations."""
+
+    make: Callable[..., Tensor]
+    given: tuple[Any, ...]
+
+    def __call__(self, key: Tensor, param: Param, block: Block) -> Tensor:
+        return self.make(key, param, block, *self.given)
+
+
 def normal(std: float) -> Initializer:
-    """Normal values of mean 0."""
-    return lambda key, param, block: threefry.normal(key, param.shape, dtype=param.dtype, block=block).mul_(std)
+    """Normal values of mean 0.
+
+    >>> normal(0.02) == normal(0.02), normal(0.02) == normal(0.01)
+    (True, False)
+    """
+    return _Begins(_normal, (std,))
 
 
 def uniform(low: float, high: float) -> Initializer:
     """Uniform values in [low, high)."""
-    return lambda key, param, block: threefry.uniform(
-        key, param.shape, low=low, high=high, dtype=param.dtype, block=block
-    )
+    return _Begins(_uniform, (low, high))
 
 
 def constant(value: float) -> Initializer:
     """One value everywhere."""
-
-    def make(key: Tensor, param: Param, block: Block) -> Tensor:
-        shape = param.shape if block is None else tuple(part.stop - part.start for part in block)
-        return torch.full(shape, value, dtype=param.dtype, device=key.device)
-
-    return make
+    return _Begins(_constant, (value,))
 
 
 def fan_in(*axes: str) -> Initializer:
@@ -96,13 +104,26 @@ def fan_in(*axes: str) -> Initializer:
 
     LeCun et al., Efficient BackProp, 1998.
     """
+    return _Begins(_fan_in, axes)
 
-    def make(key: Tensor, param: Param, block: Block) -> Tensor:
-        sizes = dict(zip(parse_axes(param.pattern), param.shape, strict=True))
-        names = axes or tuple(sizes)[:-1] or tuple(sizes)
-        return normal(math.prod(sizes[axis] for axis in names) ** -0.5)(key, param, block)
 
-    return make
+def _normal(key: Tensor, param: Param, block: Block, std: float) -> Tensor:
+    return threefry.normal(key, param.shape, dtype=param.dtype, block=block).mul_(std)
+
+
+def _uniform(key: Tensor, param: Param, block: Block, low: float, high: float) -> Tensor:
+    return threefry.uniform(key, param.shape, low=low, high=high, dtype=param.dtype, block=block)
+
+
+def _constant(key: Tensor, param: Param, block: Block, value: float) -> Tensor:
+    shape = param.shape if block is None else tuple(part.stop - part.start for part in block)
+    return torch.full(shape, value, dtype=param.dtype, device=key.device)
+
+
+def _fan_in(key: Tensor, param: Param, block: Block, *axes: str) -> Tensor:
+    sizes = dict(zip(parse_axes(param.pattern), param.shape, strict=True))
+    names = axes or tuple(sizes)[:-1] or tuple(sizes)
+    return _normal(key, param, block, math.prod(sizes[axis] for axis in names) ** -0.5)
 
 
 zeros, ones = constant(0.0), constant(1.0)

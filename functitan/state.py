@@ -17,7 +17,7 @@ from functitan.errors import FunctitanError, report
 from functitan.optim import GradientTransformation
 from functitan.optim.transform import check_transformations
 from functitan.sharding.context import as_mesh
-from functitan.sharding.init import check_declarations, init
+from functitan.sharding.init import check_declarations, initial
 from functitan.sharding.layout import table_of
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.rules import AxisRules
@@ -62,9 +62,9 @@ class TrainState:
         of_optimizer = tx.init(declarations)
         check_declarations(of_optimizer, key, known, rules, "ft.TrainState.create: the optimizer state")
         of_params, of_steps = random.split(key)
-        params = init(declarations, of_params, mesh=known, rules=rules)
+        params = initial(declarations, of_params, known, rules, "ft.TrainState.create")
         step = torch.zeros((), dtype=torch.int64, device=key.device)
-        opt_state = init(of_optimizer, of_params, mesh=known, rules=rules)
+        opt_state = initial(of_optimizer, of_params, known, rules, "ft.TrainState.create: the optimizer state")
         return TrainState(params, opt_state, step, of_steps, declarations, known, rules, of_optimizer)
 
     @staticmethod
