@@ -22,6 +22,7 @@ from functitan.optim import ClipState, GradientTransformation, apply_updates, lo
 from functitan.optim.finite import check_policy, guarded
 from functitan.optim.transform import check_transformations
 from functitan.sharding.context import current, spmd, using, within
+from functitan.sharding.cut import carry_cut
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.rules import AxisRules
 from functitan.state import TrainState
@@ -186,7 +187,7 @@ def _check_state(state: Any, tx: GradientTransformation, known: list[Any]) -> No
 
 def _renewed(old: tree.Tree, new: tree.Tree, step: Any) -> tree.Tree:
     """The new values as tensor objects of their own, when the old objects over the same buffers have been marked."""
-    fresh = tree.map(lambda x: x.detach() if isinstance(x, Tensor) else x, new)
+    fresh = tree.map(lambda x: carry_cut(x, x.detach()) if isinstance(x, Tensor) else x, new)
     mark_donated(old, f"step {_number(step)} of ft.train_step")
     return fresh
 

@@ -29,6 +29,7 @@ from functitan.models import llama
 from functitan.models.language import check_params
 from functitan.models.llama_weights import Weight, config_from, config_to, weights
 from functitan.ops.move import unshard
+from functitan.sharding.cut import mark_cut
 from functitan.sharding.layout import axes_of
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.rules import AxisRules
@@ -65,6 +66,9 @@ def from_huggingface(
                 for leaf in leaves
             ]
     values = [x.to(device=device, dtype=dtype or x.dtype) for x in read]
+    if known is not None:
+        for leaf, x in zip(leaves, values, strict=True):
+            mark_cut(x, "ft.checkpoint.from_huggingface", leaf.layout, known.sizes)
     return tree.unflatten(tree.flatten(declared)[1], values), config
 
 

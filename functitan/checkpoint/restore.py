@@ -28,6 +28,7 @@ from functitan.checkpoint.files import (
 from functitan.checkpoint.leaves import Block, Leaf, leaves_of
 from functitan.checkpoint.save import together
 from functitan.errors import CheckpointError, report
+from functitan.sharding.cut import mark_cut
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.rules import AxisRules
 from functitan.state import TrainState
@@ -79,6 +80,9 @@ def restore(
     values = together(known, f"restored {os.fspath(path)}", work)
     if known is not None and _has_stages(known) and not partial:
         _check_whole(what, leaves, left[0], known, torch.device(device))
+    for leaf, x in zip(leaves, values, strict=True):
+        if known is not None and isinstance(x, Tensor):
+            mark_cut(x, "ft.checkpoint.restore", leaf.layout, known.sizes)
     placed = lambda state: replace(state, mesh=known, rules=rules or state.rules)
     return tree.map_nodes(placed, TrainState, tree.unflatten(tree.flatten(like)[1], values))
 

@@ -21,6 +21,7 @@ from functitan.ops.types import Type
 from functitan.ops.weights import are_pairs, weighted
 from functitan.sharding.context import current
 from functitan.sharding.contraction import Contraction, terms_of
+from functitan.sharding.cut import MARK
 from functitan.sharding.deferred import Deferred
 from functitan.sharding.precision import in_compute
 from functitan.sharding.steps import Label
@@ -53,6 +54,9 @@ def einsum(pattern: str, *tensors: Tensor) -> Any:
         try:
             given = in_compute(tensors, env.precision)
             fits = _fits(signature.operands, tuple([(x.shape, x.dtype, x.device) for x in given]))
+            for x in tensors:
+                if MARK in x.__dict__:  # a shard, perhaps
+                    fits = False
         except AttributeError:  # of what is no tensor
             given, fits = tensors, False
         if not fits:

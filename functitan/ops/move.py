@@ -20,7 +20,8 @@ from functitan.ops.operands import Operand, check_operands
 from functitan.ops.types import Type, layout_here
 from functitan.param import Param
 from functitan.sharding.context import Env, as_mesh, current
-from functitan.sharding.layout import Layout, axes_of, block_of, check_leaves, global_shape, table_of, whole
+from functitan.sharding.cut import mark_cut, refuse_shards
+from functitan.sharding.layout import Layout, axes_of, block_of, check_leaves, global_shape, layout_of, table_of, whole
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.rules import AxisRules
 from functitan.sharding.steps import Label
@@ -89,6 +90,7 @@ def reshard(values: tree.Tree, patterns: tree.Tree, *, to_rules: AxisRules) -> t
     """
     env = current()
     if env.mesh is None:
+        refuse_shards("ft.reshard", zip(tree.paths(values), tree.leaves(values), strict=True))
         return values
     assert env.rules is not None
     return _moved(values, patterns, env, env.rules, _table(to_rules, "ft.reshard, to_rules"), "reshard")
@@ -107,13 +109,14 @@ def shard(
         return values
     leaves, structure = tree.flatten(values)
     layouts = check_leaves("ft.shard", _leaves(values, patterns, "ft.shard"), _table(rules, "ft.shard"), known.sizes)
-    return tree.unflatten(
-        structure,
-        [
-            x if layout is None else x[block_of(layout, tuple(x.shape), known)].contiguous() if any(layout.dims) else x
-            for x, layout in zip(leaves, layouts, strict=True)
-        ],
-    )
+    cut = [
+        x if layout is None or not any(layout.dims) else x[block_of(layout, tuple(x.shape), known)].contiguous()
+        for x, layout in zip(leaves, layouts, strict=True)
+    ]
+    for x, layout in zip(cut, layouts, strict=True):
+        if isinstance(x, Tensor):
+            mark_cut(x, "ft.shard", layout, known.sizes)
+    return tree.unflatten(structure, cut)
 
 
 def unshard(
@@ -148,7 +151,10 @@ def _moved(
             continue
         now = Type(axes, rules=table_of(pattern, rules))
         goal = Type(axes, layout=whole(axes)) if to is None else Type(axes, rules=to)
-        moved.append(move(now, goal, x, env, Label(op, write_axes(axes))))
+        there = move(now, goal, x, env, Label(op, write_axes(axes)))
+        if to is not None:
+            mark_cut(there, "ft.reshard", layout_of(axes, to, mesh), mesh)
+        moved.append(there)
     return tree.unflatten(structure, moved)
 
 

@@ -14,6 +14,7 @@ from functitan.axes import Axes, write_axes
 from functitan.errors import PatternError, RulesError, report
 from functitan.ops.types import layout_here
 from functitan.sharding.context import current
+from functitan.sharding.cut import MARK, refuse_shards
 from functitan.sharding.layout import whole
 
 
@@ -29,6 +30,7 @@ class Operand(NamedTuple):
 def check_operands(what: str, *operands: Operand, alike: bool = False) -> None:
     """Raise `PatternError` for operands that are no tensors, or whose rank, dtype or sizes the call cannot have.
 
+    Raises `LayoutError` for shards of `ft.shard`, `ft.init` and their like where there is no mesh.
     With `alike` those that hold no integers share one device and, unless `ft.precision` casts them, one dtype. On a
     mesh sizes are compared as global ones.
 
@@ -42,6 +44,8 @@ def check_operands(what: str, *operands: Operand, alike: bool = False) -> None:
     """
     if _fits(operands, alike):
         return
+    if current().mesh is None:
+        refuse_shards(what, [operand[:2] for operand in operands])
     found = [problem for operand in operands for problem in _alone(operand, len(operands) > 1)]
     tensors = [operand for operand in operands if isinstance(operand.x, Tensor)]
     same = [operand for operand in tensors if operand.kind not in _INTEGERS]
@@ -57,12 +61,15 @@ def check_operands(what: str, *operands: Operand, alike: bool = False) -> None:
 
 def _fits(operands: tuple[Operand, ...], alike: bool) -> bool:
     """The usual case, quickly: without a mesh, and nothing to complain about."""
-    if current().mesh is not None and len(operands) > 1:
+    on_mesh = current().mesh is not None
+    if on_mesh and len(operands) > 1:
         return False
     sizes: dict[str, int] = {}
     kinds = set()
     for _, x, axes, kind in operands:
         if not isinstance(x, Tensor) or x.dim() != len(axes) or not _holds(x, kind):
+            return False
+        if not on_mesh and MARK in x.__dict__:
             return False
         if kind not in _INTEGERS:
             kinds.add((_dtype_used(x), x.device))

@@ -19,6 +19,7 @@ from functitan.axes import Axes, parse_axes, write_axes
 from functitan.errors import LayoutError, PatternError, nearest, report
 from functitan.ops.types import layout_here
 from functitan.sharding.context import current
+from functitan.sharding.cut import refuse_shards
 from functitan.sharding.layout import Layout
 from functitan.sharding.mesh import MeshSizes
 
@@ -42,6 +43,8 @@ def rearrange(pattern: str, x: Tensor, **sizes: int) -> Tensor:
              [2, 5]]])
     """
     names, env = _parse(pattern).names, current()
+    if env.mesh is None:
+        refuse_shards(f"rearrange({pattern!r})", [("x", x)])
     layout = None if env.mesh is None else layout_here(names, x, env)
     mesh = None if env.mesh is None else env.mesh.sizes
     split, order, merged = _recipe(pattern, tuple(x.shape), tuple(sizes.items()), layout, mesh)

@@ -14,6 +14,7 @@ from functitan.axes import Axes, parse_axes, write_axes
 from functitan.errors import PatternError, report
 from functitan.param import Param
 from functitan.sharding.context import Env
+from functitan.sharding.cut import refuse_shards
 from functitan.sharding.layout import Layout, axes_of, check_rank, global_shape, local_shape, whole
 
 
@@ -50,7 +51,8 @@ class Leaf(NamedTuple):
 def leaves_of(what: str, values: tree.Tree, patterns: tree.Tree | None, env: Env) -> list[Leaf]:
     """Each leaf of a tree, in order; one without a pattern is equal on every rank, and its axes are numbered.
 
-    Raises `PatternError` if `patterns` is left out where the rules shard anything.
+    Raises `PatternError` if `patterns` is left out where the rules shard anything, and `LayoutError` for shards where
+    there is no mesh.
     """
     if patterns is None and env.mesh is not None:
         assert env.rules is not None
@@ -59,6 +61,8 @@ def leaves_of(what: str, values: tree.Tree, patterns: tree.Tree | None, env: Env
         ]
         if sharding:
             raise PatternError(report(f"{what} without patterns", sharding, _FIX_PATTERNS))
+    if env.mesh is None:
+        refuse_shards(what, zip(tree.paths(values), tree.leaves(values), strict=True))
     plain = env._replace(mesh=None, rules=None)
     found = []
     given = tree.broadcast_prefix(patterns, values, "patterns")

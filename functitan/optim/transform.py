@@ -19,6 +19,7 @@ from functitan.optim.kernels import add_, owned, scale_
 from functitan.optim.schedules import Schedule
 from functitan.optim.state import aligned, check_number, check_state, scalar_beside
 from functitan.param import Param
+from functitan.sharding.cut import carry_cut
 
 State = Any
 Mask = tree.Tree | Callable[[str, Any], bool]
@@ -83,7 +84,7 @@ def apply_updates(params: tree.Tree, updates: tree.Tree, donate: bool = False) -
     {'w': tensor([2., 3.])}
     """
     changes, values = aligned("apply_updates", updates, params=params)
-    values = owned(values, donate)
+    values = list(map(carry_cut, values, owned(values, donate)))
     add_(values, changes)
     return tree.unflatten(tree.flatten(params)[1], values)
 

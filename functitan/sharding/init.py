@@ -16,6 +16,7 @@ from functitan import threefry, tree
 from functitan.errors import FunctitanError, MeshError, report
 from functitan.param import Block, Param
 from functitan.sharding.context import as_mesh, current, using
+from functitan.sharding.cut import mark_cut
 from functitan.sharding.layout import Layout, block_of, check_leaves
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.rules import AxisRules
@@ -50,6 +51,9 @@ def initial(declarations: tree.Tree, key: Tensor, mesh: Mesh | None, rules: Axis
     with using(current().on(None, None)):  # an initializer sees no mesh: it makes blocks of global values
         values = [param.init(threefry.fold_in(key, path), param, block) for path, param, block in made]
     _check_values(what, paths, leaves, blocks, values, key)
+    if mesh is not None:
+        for x, layout in zip(values, layouts, strict=True):
+            mark_cut(x, what, layout, mesh.sizes)
     return tree.unflatten(structure, values)
 
 

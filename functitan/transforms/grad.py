@@ -16,6 +16,7 @@ from functitan import tree
 from functitan.errors import FunctitanError, check_function, report
 from functitan.ops.function import transforms_active
 from functitan.sharding.context import Env, current, using, within
+from functitan.sharding.cut import carry_cut
 from functitan.transforms.flat import Form, join, split
 
 Argnums = int | Sequence[int]
@@ -47,7 +48,7 @@ def value_and_grad(fn: Callable[..., Any], argnums: Argnums = 0, has_aux: bool =
         env, nested = _surroundings(leaves)
         with using(env):
             value, aux, grads = _nested(flat, leaves) if nested else _outermost(flat, leaves)
-        grads = tree.unflatten(structure, grads)
+        grads = tree.unflatten(structure, list(map(carry_cut, leaves, grads)))
         return ((value, aux) if has_aux else value), (grads[0] if isinstance(argnums, int) else grads)
 
     return with_grad
@@ -68,7 +69,7 @@ def add_gradients(
             return value, aux, [total + g.to(total.dtype) for total, g in zip(sums, grads, strict=True)]
         with torch.enable_grad():
             inputs = [leaf.detach().requires_grad_() for leaf in leaves]
-            out = within("forward", fn, *map(add_into, inputs, sums))
+            out = within("forward", fn, *map(carry_cut, leaves, map(add_into, inputs, sums)))
             _check_value(out, True)
             value, aux = out
         if value.requires_grad:
@@ -106,6 +107,7 @@ def jvp(fn: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any])
     shapes: list[Any] = []
 
     def flat(*values: Tensor) -> tuple[Tensor, ...]:
+        values = tuple(map(carry_cut, leaves, values))
         out, out_structure = tree.flatten(fn(*tree.unflatten(structure, values)))
         shapes[:] = [out_structure]
         return tuple(out)
@@ -132,7 +134,8 @@ def hvp(fn: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any])
     directions = tree.leaves(tangents[0])
 
     def gradient(*values: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tree.leaves(grad(fn)(tree.unflatten(structure, values), *primals[1:])))
+        own = tree.unflatten(structure, map(carry_cut, leaves, values))
+        return tuple(tree.leaves(grad(fn)(own, *primals[1:])))
 
     back = torch.func.vjp(gradient, *leaves)[1]  # the Hessian is symmetric: its transpose times v is it times v
     return tree.unflatten(structure, back(tuple(directions)))
@@ -168,7 +171,7 @@ class _AddInto(torch.autograd.Function):
 
 def _outermost(flat: Callable[..., Any], leaves: list[Tensor]) -> tuple[Tensor, Any, list[Tensor]]:
     with torch.enable_grad():
-        inputs = [leaf.detach().requires_grad_() for leaf in leaves]
+        inputs = [carry_cut(leaf, leaf.detach().requires_grad_()) for leaf in leaves]
         value, aux = within("forward", flat, *inputs)
     if not value.requires_grad:
         return value.detach(), _detached(aux), [torch.zeros_like(leaf) for leaf in leaves]
@@ -185,7 +188,7 @@ def _nested(flat: Callable[..., Any], leaves: list[Tensor]) -> tuple[Tensor, Any
     kept: list[Form] = []  # torch.func lets only tensors out
 
     def valued(*values: Tensor) -> tuple[Tensor, list[Tensor]]:
-        value, aux = within("forward", flat, *values)
+        value, aux = within("forward", flat, *map(carry_cut, leaves, values))
         tensors, form = split(aux)
         kept[:] = [form]
         return value, tensors
