@@ -7,8 +7,8 @@ look at a field of `Env` for each span.
 from __future__ import annotations
 
 import gzip
-import json
 import threading
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, record_function
 
 from functitan.breakdown import Breakdown, Interval, Span, breakdown
 from functitan.errors import FunctitanError, report
+from functitan.reading import parsed_json
 from functitan.sharding.context import current, using
 
 
@@ -108,9 +109,21 @@ def profile(path: str | Path, *, steps: int = 1) -> Iterator[Profile]:
 
 def read(path: Path) -> Timeline:
     """The timeline of this rank in a trace that `profile` wrote: rank 0's thread, if the body opened a virtual mesh."""
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt") as file:
-        events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
-    window = next(event for event in events if event["name"] == _WINDOW and event["cat"] == "user_annotation")
+    try:
+        events = [event for event in parsed_json(_content(path))["traceEvents"] if event.get("ph") == "X"]
+        window = next(event for event in events if event["name"] == _WINDOW and event["cat"] == "user_annotation")
+        return _timeline(events, window)
+    except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
+        problem = f"it is no whole trace: {type(error).__name__}: {str(error)[:200]}"
+        raise FunctitanError(report(f"the trace {path}", [problem], "profile again")) from error
+
+
+def _content(path: Path) -> bytes:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        return file.read()
+
+
+def _timeline(events: list[dict[str, Any]], window: dict[str, Any]) -> Timeline:
     ranks = {event["tid"] for event in events if event["name"] == "rank 0" and event["cat"] == "user_annotation"}
     threads, own = ranks or {window["tid"]}, ("user_annotation", "cpu_op")
     order = sorted((event for event in events if event is not window), key=lambda event: (event["ts"], -event["dur"]))

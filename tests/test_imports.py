@@ -14,7 +14,7 @@ import pytest
 
 # Row i is layer i. A module imports lower layers, or its own layer where that makes no cycle.
 LAYERS = [
-    ["errors", "tree"],
+    ["errors", "reading", "tree"],
     ["axes", "param", "threefry"],
     ["sharding.mesh", "sharding.rules", "sharding.layout", "sharding.contraction", "sharding.moves", "sharding.choice"]
     + [
@@ -39,6 +39,13 @@ LAYERS = [
 STRANGERS = [{"nn", "transforms"}]  # packages that do not import each other
 COLLECTIVES_AT_HOME = LAYERS[3]  # the only users of torch.distributed's collectives
 PYTREES_AT_HOME = ["tree"]  # the only importer of optree and torch's pytree
+LOADS_AT_HOME = {  # what may make objects of bytes, and the only module that does so
+    "json.load": "reading",
+    "json.loads": "reading",
+    "pickle.dumps": "checkpoint.dcp",  # writes alone
+    "torch.load": "checkpoint.dcp",  # weights_only, of one item
+    "pickletools.genops": "checkpoint.pickled",
+}
 OPTIONAL = {
     "datasets",
     "dill",
@@ -50,6 +57,11 @@ OPTIONAL = {
 }  # heavy: a function may import them itself
 MAX_LINES = 300
 
+PIPES = ["sharding.launch"]  # what it loads comes from processes of its own, through their pipes
+LOADS = re.compile(
+    r"(json\.loads?|(pickle|dill|marshal|cloudpickle|joblib|yaml|shelve)\.\w+|pickletools\.\w+|numpy\.(load|fromfile)|"
+    r"torch\.(load|jit\.load|hub\.\w+|serialization\.\w+)|runpy\.\w+)$"
+)
 COLLECTIVE = re.compile(
     r"torch\.(distributed|ops\.\w*c10d\w*)(\.\w+)*\.(all_|i?send|i?recv|broadcast|reduce|scatter|gather|barrier|permute"
     r"|batch_isend|P2POp)\w*$|torch\.distributed\._functional_collectives|torch\.ops\.\w*c10d"
@@ -158,6 +170,24 @@ def private_homes_are_kept(modules: list[Module]) -> Iterator[str]:
                 yield f"{m.name}:{line}: uses {name}; only layer 3 of functitan/sharding does"
 
 
+def files_are_read_without_running_code(modules: list[Module]) -> Iterator[str]:
+    for m in modules:
+        bound = {local: dotted for node in ast.walk(m.tree) for local, dotted in imported(m, node)}
+        for node in ast.walk(m.tree):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if called in ("eval", "exec"):
+                yield f"{m.name}:{node.lineno}: {called} runs a text"
+            if called == "torch.load" and m.name not in PIPES and "weights_only=True" not in ast.unparse(node):
+                yield f"{m.name}:{node.lineno}: torch.load without weights_only=True runs a file"
+            if not isinstance(node, ast.Attribute | ast.Name):
+                continue
+            head, _, rest = ast.unparse(node).partition(".")
+            name = ".".join(filter(None, [bound.get(head, head), rest]))
+            at_home = LOADS_AT_HOME.get(name) == m.name or m.name in PIPES
+            if LOADS.match(name) and not at_home:
+                yield f"{m.name}:{node.lineno}: uses {name}; only {LOADS_AT_HOME.get(name, 'nobody')} does"
+
+
 def packages_only_reexport(modules: list[Module]) -> Iterator[str]:
     for m in modules:
         for node in m.tree.body if m.is_package else ():
@@ -206,6 +236,18 @@ BROKEN = [
         packages_only_reexport,
         {"ops/": "from .sum import f\nx = f()", "ops.sum": ""},
         "ops/__init__.py:2: only re-exports",
+    ),
+    (
+        files_are_read_without_running_code,
+        {"axes": "from pickle import loads as f\nf(b'')"},
+        "axes:2: uses pickle.loads",
+    ),
+    (files_are_read_without_running_code, {"axes": "import json\njson.load(f)"}, "json.load; only reading does"),
+    (files_are_read_without_running_code, {"axes": "eval('1')"}, "axes:1: eval runs a text"),
+    (
+        files_are_read_without_running_code,
+        {"checkpoint.dcp": "import torch\ntorch.load(f)"},
+        "checkpoint.dcp:2: torch.load without weights_only=True",
     ),
     (modules_say_what_they_are, {"axes": "x = 1"}, "axes: has no module docstring"),
     (files_are_short, {"axes": "\n" * 301}, "axes: 301 lines, the limit is 300"),

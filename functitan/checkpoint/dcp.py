@@ -7,10 +7,11 @@ Invariant: what is written here torch's own tools read. An item is what `torch.s
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from zipfile import ZIP_STORED, ZipFile
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.utils.serialization import config
+
+from functitan.checkpoint.leaves import SCALARS
+from functitan.checkpoint.pickled import DTYPES, Made, Name, Pairs, records
 
 METADATA = ".metadata"
 VERSION = "1.0.0"  # CURRENT_DCP_VERSION of torch 2.13
@@ -80,8 +84,17 @@ def pack(value: Any, write: Callable[[memoryview], int]) -> None:
 
 
 def unpacked(data: bytes) -> Any:
-    """The tensor or scalar of an item."""
-    return torch.load(BytesIO(data), map_location="cpu", weights_only=True)
+    """The tensor or scalar of an item. Raises `ValueError` for what holds neither; it runs nothing."""
+    try:
+        with ZipFile(BytesIO(data)) as archive:
+            if any(part.compress_type != ZIP_STORED or part.file_size > len(data) for part in archive.infolist()):
+                raise ValueError("it is compressed")  # a few bytes could become as many as the memory has
+        value = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's and zipfile's own kinds
+        raise ValueError(f"it holds no tensor or scalar that can be read: {str(error)[:200]}") from error
+    if isinstance(value, SCALARS) or (type(value) is Tensor and value.layout == torch.strided and value.is_cpu):
+        return value
+    raise ValueError(f"it holds a {type(value).__name__}, neither a scalar nor a dense tensor")
 
 
 def metadata_of(entries: dict[str, Entry]) -> bytes:
@@ -104,18 +117,89 @@ def metadata_of(entries: dict[str, Entry]) -> bytes:
 
 
 def entries_of(metadata: bytes) -> dict[str, Entry]:
-    """The entries of a metadata file."""
-    known: Metadata = pickle.loads(metadata)
-    found = {}
-    for path, what in known.state_dict_metadata.items():
-        if isinstance(what, TensorStorageMetadata):
-            blocks: Iterable[Any] = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in what.chunks]
-            shape, dtype = tuple(what.size), what.properties.dtype
-        else:
-            blocks, shape, dtype = [(None, ())], None, None
-        items = []
+    """The entries of a metadata file, read without running it. Raises `ValueError` for what is no such file."""
+    known = _fields(records(metadata), "Metadata")
+    stored = {}
+    for key, at in _pairs(known.get("storage_data"), "storage_data"):
+        index, info = _fields(key, "MetadataIndex"), _fields(at, "_StorageInfo")
+        offset = index.get("offset")
+        place = _text(index.get("fqn")), None if offset is None else _sizes(offset)
+        where = _text(info.get("relative_path")), _count(info.get("offset")), _count(info.get("length"))
+        if info.get("transform_descriptors"):
+            raise ValueError(f"{place[0]} is stored transformed")
+        if stored.setdefault(place, where) != where:
+            raise ValueError(f"{place[0]} has a block twice")
+    found: dict[str, Entry] = {}
+    for path, what in _pairs(known.get("state_dict_metadata"), "state_dict_metadata"):
+        if _text(path) in found:
+            raise ValueError(f"{path} is there twice")
+        entry = Entry(None, None, []) if _is(what, "BytesStorageMetadata") else _tensor(path, what)
+        blocks = [(None, ())] if entry.shape is None else list(_blocks(path, what, entry.shape, len(stored)))
         for offsets, sizes in blocks:
-            at = known.storage_data[MetadataIndex(path, offsets)]
-            items.append(Item(path, offsets, sizes, at.relative_path, at.offset, at.length))
-        found[path] = Entry(shape, dtype, items)
+            if (path, offsets) not in stored:
+                raise ValueError(f"the block of {path} at {offsets} is in no file")
+            entry.items.append(Item(path, offsets, sizes, *stored.pop((path, offsets))))  # each is of one leaf
+        found[path] = entry
     return found
+
+
+def _tensor(path: str, what: Any) -> Entry:
+    fields = _fields(what, "TensorStorageMetadata")
+    properties = fields.get("properties")
+    states = properties.states if isinstance(properties, Made) and _is(properties, "TensorProperties") else []
+    state = states[0] if len(states) == 1 else None
+    name = state[0] if isinstance(state, tuple) and state else None
+    if not isinstance(name, Name) or name.name not in DTYPES:
+        raise ValueError(f"{path} has no dtype")
+    return Entry(_sizes(fields.get("size")), DTYPES[name.name], [])
+
+
+def _blocks(path: str, what: Any, shape: tuple[int, ...], most: int) -> Iterator[tuple[tuple[int, ...], Any]]:
+    chunks = _fields(what, "TensorStorageMetadata").get("chunks")
+    if not isinstance(chunks, list) or len(chunks) > most:
+        raise ValueError(f"{path} has no list of its blocks")
+    for chunk in chunks:
+        fields = _fields(chunk, "ChunkStorageMetadata")
+        offsets, sizes = _sizes(fields.get("offsets")), _sizes(fields.get("sizes"))
+        if not len(offsets) == len(sizes) == len(shape) or any(
+            start + size > whole for start, size, whole in zip(offsets, sizes, shape, strict=True)
+        ):
+            raise ValueError(f"{path} of shape {shape} has a block {sizes} at {offsets}")
+        yield offsets, sizes
+
+
+def _is(value: Any, name: str) -> bool:
+    return isinstance(value, Made) and value.by.name == name
+
+
+def _fields(value: Any, name: str) -> dict[str, Any]:
+    """The fields of an object of this class, by name."""
+    if not _is(value, name):
+        raise ValueError(f"there is a {type(value).__name__} where DCP has a {name}")
+    return {key: field for state in value.states for key, field in _pairs(state, name) if isinstance(key, str)}
+
+
+def _pairs(value: Any, name: str) -> list[tuple[Any, Any]]:
+    if not isinstance(value, Pairs):
+        raise ValueError(f"{name} is a {type(value).__name__}, not a dict")
+    return value.items
+
+
+def _sizes(value: Any) -> tuple[int, ...]:
+    """A `torch.Size`."""
+    args = value.args if _is(value, "Size") else ()
+    if len(args) != 1 or not isinstance(args[0], (tuple, list)):
+        raise ValueError(f"there is a {type(value).__name__} where DCP has a torch.Size")
+    return tuple(map(_count, args[0]))
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"there is a {type(value).__name__} where DCP has a number of at least 0")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"there is a {type(value).__name__} where DCP has a name")
+    return value

@@ -19,7 +19,8 @@ from uuid import uuid4
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from functitan.errors import CheckpointError, report
+from functitan.errors import CheckpointError, FunctitanError, report
+from functitan.reading import name_problem, parsed_json, path_text
 
 CHECKSUMS = "checksums.json"  # written last
 HIDDEN = ".partial"
@@ -39,10 +40,24 @@ class Place(NamedTuple):
     def child(self, name: str) -> Place:
         return Place(self.fs, f"{self.path}/{name}", f"{self.name.rstrip('/')}/{name}")
 
+    def file(self, name: str) -> str:
+        """The path of a file in it. Raises `CheckpointError` for a name that leads anywhere else."""
+        problem = name_problem(name)
+        if problem is not None:
+            raise CheckpointError(
+                report(self.name, [problem], "take a checkpoint from elsewhere only as it was written")
+            )
+        return f"{self.path}/{name}"
+
 
 def locate(path: str | os.PathLike) -> Place:
-    """The directory that a local path or a URL such as "s3://bucket/run" names."""
-    fs, root = fsspec.core.url_to_fs(os.fspath(path))
+    """The directory that a local path or a URL such as "s3://bucket/run" names. Raises `FunctitanError`."""
+    try:
+        fs, root = fsspec.core.url_to_fs(path_text("ft.checkpoint", path))
+    except (ImportError, ValueError) as error:  # a scheme that fsspec does not know, or not without a package
+        if isinstance(error, FunctitanError):
+            raise
+        raise CheckpointError(report(f"ft.checkpoint: {path}", [str(error)], _FIX_PLACE)) from error
     return Place(fs, root.rstrip("/"), str(path))
 
 
@@ -111,7 +126,7 @@ def _removed(place: Place) -> str:
 @contextmanager
 def writing(place: Place, name: str, durable: bool = True) -> Iterator[BinaryIO]:
     """A file to write to, on the disk when the body ends if it is to be durable."""
-    path = f"{place.path}/{name}"
+    path = place.file(name)
     if not place.local:
         with place.fs.open(path, "wb") as stream:
             yield stream
@@ -126,27 +141,28 @@ def writing(place: Place, name: str, durable: bool = True) -> Iterator[BinaryIO]
 def write(place: Place, name: str, data: bytes, durable: bool = True) -> None:
     """A small file, which is there whole or not at all."""
     if not place.local:
-        place.fs.pipe_file(f"{place.path}/{name}", data)
+        place.fs.pipe_file(place.file(name), data)
         return
     with writing(place, f".{name}.new", durable) as stream:
         stream.write(data)
-    os.replace(f"{place.path}/.{name}.new", f"{place.path}/{name}")
+    os.replace(place.file(f".{name}.new"), place.file(name))
 
 
 def read(place: Place, name: str) -> bytes:
     """A small file."""
-    return place.fs.cat_file(f"{place.path}/{name}")
+    return place.fs.cat_file(place.file(name))
 
 
 def opened(place: Place, name: str) -> BinaryIO:
     """A file to read parts of."""
-    return cast(BinaryIO, open(f"{place.path}/{name}", "rb") if place.local else place.fs.open(f"{place.path}/{name}"))
+    path = place.file(name)
+    return cast(BinaryIO, open(path, "rb") if place.local else place.fs.open(path))
 
 
 def size_of(place: Place, name: str) -> int | None:
     """Its size in bytes; `None` if it is not there."""
     try:
-        return place.fs.size(f"{place.path}/{name}")
+        return place.fs.size(place.file(name))
     except FileNotFoundError:
         return None
 
@@ -164,7 +180,11 @@ def sealed(content: Any) -> bytes:
 def unsealed(data: bytes) -> Any:
     """What was sealed; `None` for a file that is damaged."""
     head, _, text = data.partition(b"\n")
-    return json.loads(text) if head == f"{zlib.crc32(text):08x}".encode() else None
+    if head != f"{zlib.crc32(text):08x}".encode():
+        return None
+    with suppress(ValueError):
+        return parsed_json(text)
+    return None
 
 
 @contextmanager
@@ -185,3 +205,6 @@ def sync(path: str) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+_FIX_PLACE = "give a local path, or a URL that fsspec can open"

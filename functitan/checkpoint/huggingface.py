@@ -22,19 +22,20 @@ from torch.distributed.device_mesh import DeviceMesh
 from functitan import tree
 from functitan.axes import Axes
 from functitan.checkpoint.files import clear_errors, hidden, is_empty, locate, publish, remove_leftovers, sync
-from functitan.checkpoint.leaves import Block, Leaf, leaves_of
+from functitan.checkpoint.leaves import Block, Leaf, device_of, leaves_of
 from functitan.checkpoint.save import together
-from functitan.errors import CheckpointError, report
+from functitan.checkpoint.weight_files import INDEX, SINGLE, Header, check_headers, headers_of, read_json
+from functitan.errors import CheckpointError, FunctitanError, report
 from functitan.models import llama
 from functitan.models.language import check_params
 from functitan.models.llama_weights import Weight, config_from, config_to, weights
 from functitan.ops.move import unshard
+from functitan.reading import path_text
 from functitan.sharding.cut import mark_cut
 from functitan.sharding.layout import axes_of
-from functitan.sharding.mesh import Mesh
+from functitan.sharding.mesh import Mesh, is_size
 from functitan.sharding.rules import AxisRules
 
-INDEX = "model.safetensors.index.json"
 FILE_BYTES = 5 * 10**9  # transformers' own default
 
 
@@ -50,17 +51,21 @@ def from_huggingface(
 
     `directory` holds `config.json` and safetensors files, one or several with their index. `dtype` is by default that
     of each weight in the files. Rows of the padded vocabulary that the files do not have are zero.
-    Raises `CheckpointError` that lists every weight that is missing, has another shape, or belongs to no parameter.
+    `config.json` is held against the files' headers before anything is declared. Raises `FunctitanError` that lists
+    every field of it that is not what it must be, and `CheckpointError` that lists every weight that is missing, has
+    another shape or no floating dtype, or belongs to no parameter.
     """
-    what, folder = f"ft.checkpoint.from_huggingface({os.fspath(directory)!r})", Path(directory)
+    what = f"ft.checkpoint.from_huggingface({path_text('ft.checkpoint.from_huggingface', directory)!r})"
+    folder, device = Path(directory), device_of(what, device)
+    _check_dtype(what, dtype)
     with clear_errors(what, "give a directory with config.json and safetensors files"):
-        config = config_from(json.loads((folder / "config.json").read_text()))
-        declared = llama.params(config)
+        config = config_from(read_json(what, folder, "config.json"), str(folder / "config.json"))
+        headers = headers_of(what, folder)
+        check_headers(what, config, headers)
+        declared, named = llama.params(config), weights(config)
         leaves, known = leaves_of(what, declared, None, mesh, rules)
         with ExitStack() as stack:
-            views = _views(what, folder, stack)
-            _check(what, leaves, config, views)
-            named = weights(config)
+            views = _views(what, folder, headers, stack)
             read = [
                 _read(views[named[leaf.path].name], named[leaf.path], leaf, leaf.block(known), config.vocab_size)
                 for leaf in leaves
@@ -90,8 +95,18 @@ def to_huggingface(
     `max_positions` is noted in `config.json`. The directory is there once it is whole.
     Raises `CheckpointError` on every rank if it is there already, or cannot be written.
     """
-    what, place = f"ft.checkpoint.to_huggingface({os.fspath(directory)!r})", locate(directory)
-    declared = llama.params(config)
+    what = f"ft.checkpoint.to_huggingface({path_text('ft.checkpoint.to_huggingface', directory)!r})"
+    _check_dtype(what, dtype)
+    problems = [
+        f"{name} is {n!r}: it must be a whole number of at least 1"
+        for name, n in {"file_bytes": file_bytes, "max_positions": max_positions}.items()
+        if not is_size(n)
+    ]
+    if not isinstance(config, llama.LlamaConfig):
+        problems.append(f"config is a {type(config).__name__}, not a LlamaConfig")
+    if problems:
+        raise FunctitanError(report(what, problems, "give the config that the parameters were declared with"))
+    place, declared = locate(directory), llama.params(config)
     check_params("llama", params, declared)
     leaves, known = leaves_of(what, params, declared, mesh, rules)
     named, files = weights(config), _files(leaves, config, dtype, file_bytes)
@@ -108,7 +123,7 @@ def to_huggingface(
 
     def write() -> None:
         failed: OSError | None = None
-        names = ["model.safetensors"]
+        names = [SINGLE]
         if len(files) > 1:
             names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
         for name, group in zip(names, files, strict=True):
@@ -144,38 +159,21 @@ def to_huggingface(
     together(known, f"wrote {place.name}", write)
 
 
-def _views(what: str, folder: Path, stack: ExitStack) -> dict[str, Any]:
-    """A lazy view of each weight in the files."""
-    if (folder / INDEX).exists():
-        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    missing = [f"there is no {name}" for name in names if not (folder / name).exists()]
-    if missing:
-        raise CheckpointError(report(what, missing, "give a directory with all its safetensors files"))
+def _views(what: str, folder: Path, headers: dict[str, Header], stack: ExitStack) -> dict[str, Any]:
+    """A lazy view of each weight."""
     views = {}
-    for name in names:
+    for name in sorted({header.file for header in headers.values()}):
         try:
             file = stack.enter_context(safe_open(folder / name, "pt"))
+            views |= {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
         except Exception as error:  # safetensors' own SafetensorError
             raise CheckpointError(report(what, [f"{name} is damaged: {error}"], "copy it again")) from error
-        views |= {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
     return views
 
 
-def _check(what: str, leaves: list[Leaf], config: llama.LlamaConfig, views: dict[str, Any]) -> None:
-    named, problems = weights(config), []
-    for leaf in leaves:
-        weight = named[leaf.path]
-        if weight.name not in views:
-            problems.append(f"{weight.name} is missing")
-        elif (there := tuple(views[weight.name].get_shape())) != (here := _shape(leaf, weight, config.vocab_size)):
-            problems.append(f"{weight.name} has shape {there}, config.json says {here}")
-    known = {weight.name for weight in named.values()} | {"lm_head.weight"}  # of a tied model: the embedding again
-    strange = [name for name in views if name not in known and not name.endswith("rotary_emb.inv_freq")]
-    problems += [f"{name} belongs to no parameter" for name in strange]
-    if problems:
-        raise CheckpointError(report(what, problems, "give a directory whose config.json is that of its weights"))
+def _check_dtype(what: str, dtype: object) -> None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise FunctitanError(report(what, [f"dtype is {dtype!r}"], "give a floating dtype, as dtype=torch.bfloat16"))
 
 
 def _read(view: Any, weight: Weight, leaf: Leaf, block: Block, vocab_size: int) -> Tensor:

@@ -104,6 +104,19 @@ def mesh_of(values: tree.Tree, mesh: Mesh | DeviceMesh | None) -> Mesh | None:
     return next((state.mesh for state in _states(values) if state.mesh is not None), None)
 
 
+def device_of(what: str, device: object) -> torch.device:
+    """The device that is given. Raises `FunctitanError` for one that this machine lacks."""
+    try:
+        found = torch.device(device)  # type: ignore[arg-type]
+        torch.empty(0, device=found)
+    except Exception as error:  # torch has several kinds, an AssertionError among them
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FunctitanError(
+            report(what, [f"device is {device!r}: {text}"], "give device='cpu', or one there is")
+        ) from error
+    return found
+
+
 def _states(values: tree.Tree) -> list[TrainState]:
     found: list[TrainState] = []
     tree.map_nodes(found.append, TrainState, values)

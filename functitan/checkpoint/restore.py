@@ -25,9 +25,10 @@ from functitan.checkpoint.files import (
     clear_errors,
     unsealed,
 )
-from functitan.checkpoint.leaves import Block, Leaf, leaves_of
+from functitan.checkpoint.leaves import Block, Leaf, device_of, leaves_of
 from functitan.checkpoint.save import together
 from functitan.errors import CheckpointError, report
+from functitan.reading import name_problem, path_text
 from functitan.sharding.cut import mark_cut
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.rules import AxisRules
@@ -63,10 +64,10 @@ def restore(
     ...     restore(f"{folder}/first", {"w": torch.empty(2), "step": 0})
     {'w': tensor([1., 1.]), 'step': 7}
     """
-    what = f"ft.checkpoint.restore from {os.fspath(path)}"
+    what = f"ft.checkpoint.restore from {path_text('ft.checkpoint.restore', path)}"
     leaves, known = leaves_of(what, like, patterns, mesh, rules)
     first = next((leaf.value for leaf in leaves if isinstance(leaf.value, Tensor)), None)
-    device = device or ("cpu" if first is None else first.device)
+    device = ("cpu" if first is None else first.device) if device is None else device_of(what, device)
 
     def work() -> list[Any]:
         place = files.locate(path)
@@ -101,11 +102,9 @@ def _index(what: str, place: Place) -> tuple[dict[str, Entry], Checksums]:
     """The entries of a checkpoint whose files are all there, in full length."""
     if not files.is_complete(place):
         raise CheckpointError(report(what, ["there is no complete checkpoint"], "look for others beside it"))
-    seal = unsealed(files.read(place, CHECKSUMS))
-    if seal is None:
-        raise CheckpointError(report(what, [f"{CHECKSUMS} is damaged"], _FIX_DAMAGED))
+    sizes, checksums = _seal(what, place)
     problems = []
-    for file, size in seal["files"].items():
+    for file, size in sizes.items():
         there = files.size_of(place, file)
         if there is None:
             problems.append(f"{file} is missing")
@@ -113,11 +112,39 @@ def _index(what: str, place: Place) -> tuple[dict[str, Entry], Checksums]:
             problems.append(f"{file} has {there} bytes, {size} were written")
     if problems:
         raise CheckpointError(report(what, problems, _FIX_DAMAGED))
-    checksums = {(file, start): crc for file, start, _, crc in seal["items"]}
     metadata = files.read(place, METADATA)
-    if zlib.crc32(metadata) != checksums[METADATA, 0]:
+    if zlib.crc32(metadata) != checksums.get((METADATA, 0)):
         raise CheckpointError(report(what, [f"{METADATA} is damaged: its checksum differs"], _FIX_DAMAGED))
-    return entries_of(metadata), checksums
+    try:
+        entries = entries_of(metadata)
+    except ValueError as error:
+        raise CheckpointError(
+            report(what, [f"{METADATA} is damaged, or no checkpoint's: {error}"], _FIX_DAMAGED)
+        ) from error
+    outside = [
+        f"{METADATA} has {item.path} in {item.file} from byte {item.start} to {item.start + item.length}"
+        for entry in entries.values()
+        for item in entry.items
+        if item.start + item.length > sizes.get(item.file, -1)
+    ]
+    if outside:
+        problems = [*outside[:20], f"{CHECKSUMS} has no such bytes"]
+        raise CheckpointError(report(what, problems, _FIX_DAMAGED))
+    return entries, checksums
+
+
+def _seal(what: str, place: Place) -> tuple[dict[str, int], Checksums]:
+    """The size of each file, all of them in the checkpoint's own directory, and the checksum of each item."""
+    match unsealed(files.read(place, CHECKSUMS)):
+        case {"files": dict(sizes), "items": list(items)} if METADATA in sizes:
+            numbers = [*sizes.values(), *(n for item in items if isinstance(item, list) for n in item[1:])]
+            whole = all(isinstance(item, list) and len(item) == 4 and isinstance(item[0], str) for item in items)
+            names = [problem for name in sizes if (problem := name_problem(name)) is not None]
+            if names:
+                raise CheckpointError(report(what, [f"{CHECKSUMS}: {name}" for name in names], _FIX_DAMAGED))
+            if whole and all(type(n) is int and n >= 0 for n in numbers):
+                return sizes, {(file, start): crc for file, start, _, crc in items}
+    raise CheckpointError(report(what, [f"{CHECKSUMS} is damaged"], _FIX_DAMAGED))
 
 
 def _check_same(what: str, leaves: list[Leaf], entries: dict[str, Entry], partial: bool) -> None:
@@ -165,6 +192,7 @@ def _read(
 ) -> list[Any]:
     values: list[Any] = []
     uses: list[_Use] = []
+    problems: list[str] = []
     for leaf in leaves:
         block = leaf.block(mesh) if leaf.shape is not None else ()
         value = None
@@ -173,9 +201,11 @@ def _read(
         needed = [_use(item, value, block, len(values)) for item in entries[leaf.path].items]
         uses += [use for use in needed if use is not None]
         covered = sum(math.prod(p.stop - p.start for p in use.target) for use in needed if use is not None)
-        assert value is None or covered == value.numel(), f"{leaf.path}: blocks cover {covered} of {value.numel()}"
+        if value is not None and covered != value.numel():
+            problems.append(f"{METADATA}: the blocks of {leaf.path} cover {covered} of {value.numel()} elements")
         values.append(value)
-    problems = []
+    if problems:
+        raise CheckpointError(report(what, problems, _FIX_DAMAGED))
     uses.sort(key=lambda use: (use.item.file, use.item.start))
     stream, name = None, ""
     try:
@@ -188,10 +218,20 @@ def _read(
             data = stream.read(use.item.length)
             if zlib.crc32(data) != checksums.get((name, use.item.start)):
                 problems.append(f"{name} is damaged: the checksum of {use.item.path} at byte {use.item.start} differs")
-            elif use.to is None:
-                values[use.leaf] = unpacked(data)
+                continue
+            try:
+                found = unpacked(data)
+                if _described_of(found) != (
+                    mine := _described(None if use.to is None else use.item.sizes, leaves[use.leaf].dtype)
+                ):
+                    raise ValueError(f"it holds {_described_of(found)}, not {mine}")
+            except ValueError as error:
+                problems.append(f"{name}: {use.item.path} at byte {use.item.start}: {error}")
+                continue
+            if use.to is None:
+                values[use.leaf] = found
             else:
-                use.to[use.target] = unpacked(data)[use.source].to(use.to.device)
+                use.to[use.target] = found[use.source].to(use.to.device)
     finally:
         if stream is not None:
             stream.close()
@@ -212,6 +252,10 @@ def _use(item: Item, to: Tensor | None, block: Block, leaf: int) -> _Use | None:
         source.append(slice(low - start, high - start))
         target.append(slice(low - mine.start, high - mine.start))
     return _Use(item, to, tuple(source), tuple(target), leaf)
+
+
+def _described_of(value: Any) -> str:
+    return _described(tuple(value.shape), value.dtype) if isinstance(value, Tensor) else _described(None, None)
 
 
 def _described(shape: tuple[int, ...] | None, dtype: torch.dtype | None) -> str:

@@ -16,6 +16,7 @@ from functitan.checkpoint.files import Place, clear_errors, is_complete, is_empt
 from functitan.checkpoint.leaves import leaves_of
 from functitan.checkpoint.write import Part, announce, part_of, write_part
 from functitan.errors import CheckpointError, CollectiveError, PeerCheckpointError, report
+from functitan.reading import path_text
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.rules import AxisRules
 
@@ -61,7 +62,7 @@ def begin(
     rules: AxisRules | None,
 ) -> tuple[Place, Part]:
     """All that ranks must agree on before they write: an empty hidden directory, and who writes what."""
-    what = f"ft.checkpoint.save to {os.fspath(path)}"
+    what = f"ft.checkpoint.save to {path_text('ft.checkpoint.save', path)}"
     leaves, known = leaves_of(what, state, patterns, mesh, rules)
     place = locate(path)
 

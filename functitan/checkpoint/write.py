@@ -175,7 +175,9 @@ def _records(place: Place, world: int, timeout: float) -> list[Any]:
             if rank not in found:
                 place.fs.invalidate_cache()
                 with suppress(FileNotFoundError):
-                    found[rank] = unsealed(read(place, _record_name(rank)))
+                    record = unsealed(read(place, _record_name(rank)))
+                    if record is not None:  # else it is not yet written to its end
+                        found[rank] = record
         failed = [f"rank {rank}: {record['error']}" for rank, record in found.items() if "error" in record]
         if failed:
             raise CheckpointError(report(f"writing the checkpoint {place.name}", failed, _FIX_WRITE))

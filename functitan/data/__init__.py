@@ -1,14 +1,7 @@
 """Text as batches of tokens: sources, encodings, and streams whose position is a value."""
 
-from functitan.data.documents import (
-    END_OF_TEXT,
-    Corpus,
-    byte_encoding,
-    encoding,
-    huggingface_documents,
-    split,
-    stdlib_documents,
-)
+from functitan.data.documents import Corpus, huggingface_documents, split, stdlib_documents
+from functitan.data.encodings import END_OF_TEXT, byte_encoding, encoding
 from functitan.data.stream import BATCH, Cursor, TokenStream, token_stream
 
 __all__ = [

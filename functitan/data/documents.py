@@ -1,4 +1,4 @@
-"""Documents and encodings: where text comes from, and how it becomes tokens.
+"""Documents: where text comes from.
 
 Invariant: the same source gives the same documents in the same order on every machine; a source is a Hugging Face
 dataset with a column "text".
@@ -6,25 +6,22 @@ dataset with a column "text".
 
 from __future__ import annotations
 
-import base64
 import os
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, IterableDataset, load_dataset
-from tiktoken import Encoding, get_encoding, list_encoding_names
+from datasets.exceptions import DatasetsError
 
 from functitan.errors import FunctitanError, nearest, report
+from functitan.reading import path_text
 
-END_OF_TEXT = "<|endoftext|>"
 Corpus = Dataset | IterableDataset
 
-_GPT4_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
-    r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
-)
 _NOT_TEXT_TO_LEARN = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -54,13 +51,16 @@ def huggingface_documents(
 
     Arguments: `path`, `name` and `split` as for `datasets.load_dataset`; `column`, the one that holds the text;
     `streaming`, whether to read as needed instead of downloading first.
-    Result: a dataset of the one column "text". Raises FunctitanError if there is no such column.
+    Result: a dataset of the one column "text". Raises FunctitanError if there is no such column, and for files that
+    can't be read.
     """
-    documents = load_dataset(path, name, split=split, streaming=streaming)
-    columns = documents.column_names or list(next(iter(documents), {}))
+    what = f"huggingface_documents({path_text('huggingface_documents', path)!r})"
+    with readable(what, "the data", RuntimeError, TypeError, LookupError, StopIteration):
+        documents = load_dataset(path, name, split=split, streaming=streaming)
+        columns = documents.column_names or list(next(iter(documents), {}))
     if column not in columns:
         problem = f"no column {column!r}{nearest(column, columns)}: the columns are {columns}"
-        raise FunctitanError(report(f"huggingface_documents({path!r})", [problem], "name the one with text: column="))
+        raise FunctitanError(report(what, [problem], "name the one with text: column="))
     documents = documents.select_columns([column])
     return documents if column == "text" else documents.rename_column(column, "text")
 
@@ -82,7 +82,8 @@ def split(documents: Corpus, validation: float = 0.05) -> tuple[Corpus, Corpus]:
     if problems:
         raise FunctitanError(report("split", problems, "give a dataset with a column 'text', and a share like 0.05"))
 
-    def is_validation(text: str) -> bool:
+    def is_validation(text: object) -> bool:
+        text = text_of("split", text, "a document")
         return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") < validation * 2**64
 
     if isinstance(documents, IterableDataset):
@@ -95,51 +96,35 @@ def split(documents: Corpus, validation: float = 0.05) -> tuple[Corpus, Corpus]:
     return documents.select(np.flatnonzero(~held)), documents.select(np.flatnonzero(held))
 
 
-def byte_encoding() -> Encoding:
-    """The encoding of UTF-8 bytes: token i < 256 is the byte i, 256 is the end of text. Needs no file.
-
-    >>> byte_encoding().encode("hé"), byte_encoding().n_vocab
-    ([104, 195, 169], 257)
-    """
-    ranks = {bytes([i]): i for i in range(256)}  # the pattern only cuts the work into small pieces
-    return Encoding("bytes", pat_str=r"[\s\S]{1,64}", mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 256})
-
-
-def encoding(name_or_path: str | os.PathLike, *, pattern: str = _GPT4_PATTERN) -> Encoding:
-    """A tiktoken encoding.
-
-    Arguments: `name_or_path`, "bytes", a name that tiktoken knows (it downloads the ranks at first use) or a
-    `.tiktoken` file of ranks, such as Llama 3's, whose end of text becomes the token after the last rank;
-    `pattern`, the regular expression that cuts text before merging, for a file only (default: GPT-4's and Llama 3's).
-    Raises FunctitanError for an unknown name and for a file that can't be read as ranks of all bytes.
-
-    >>> encoding("bytes").n_vocab
-    257
-    """
-    name, known = str(name_or_path), ["bytes", *list_encoding_names()]
-    if name in known:
-        return byte_encoding() if name == "bytes" else get_encoding(name)
-    try:
-        lines = [line.split() for line in Path(name).read_bytes().splitlines() if line]
-        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-        missing = [i for i in range(256) if bytes([i]) not in ranks]
-        problem = f"{len(missing)} of the 256 bytes have no rank, the first is {missing[0]}" if missing else ""
-    except OSError:
-        problem = f"it is neither a name{nearest(name, known)} nor a file"
-    except ValueError as error:
-        problem = str(error)
-    if problem:
-        fix = f"give a file, in which each line is a base64 token, a rank, or one of {known}"
-        raise FunctitanError(report(f"encoding({name!r})", [problem], fix))
-    end = {END_OF_TEXT: max(ranks.values()) + 1}
-    return Encoding(Path(name).stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens=end)
-
-
 def problems_of(documents: Corpus) -> list[str]:
     """What keeps a value from being a source of documents."""
     if not isinstance(documents, Dataset | IterableDataset):
         return [f"documents is a {type(documents).__name__}, not a dataset as Dataset.from_dict makes it"]
-    columns = documents.column_names or list(next(iter(documents), {}))
+    with readable("the documents", "the first"):
+        first = next(iter(documents), {})
+    columns = documents.column_names or list(first)
     if columns and "text" not in columns:
         return [f"documents has no column 'text': its columns are {columns}"]
-    return [] if next(iter(documents), None) else ["documents is empty"]
+    if first and not isinstance(first["text"], str):
+        return [f"documents has a column 'text' that holds no text: the first is {str(first['text'])[:60]!r}"]
+    return [] if first else ["documents is empty"]
+
+
+def text_of(what: str, text: object, where: str) -> str:
+    """The text of a document. Raises FunctitanError for a null, a number, or whatever else a column can hold."""
+    if isinstance(text, str):
+        return text
+    problem = f"{where} has {str(text)[:60]!r} in its column 'text', a {type(text).__name__}"
+    raise FunctitanError(report(what, [problem], "leave it out: documents.filter(lambda row: row['text'] is not None)"))
+
+
+@contextmanager
+def readable(what: str, where: str, *others: type[Exception]) -> Iterator[None]:
+    """Files that can't be read, as `FunctitanError`; who has no network gets the network's own error."""
+    try:
+        yield
+    except FunctitanError:
+        raise
+    except (ValueError, RecursionError, FileNotFoundError, DatasetsError, *others) as error:
+        problem = f"{where} can't be read: {type(error).__name__}: {str(error.__cause__ or error)[:300]}"
+        raise FunctitanError(report(what, [problem], "look at the files: one is damaged, empty, or no data")) from error

@@ -23,7 +23,8 @@ from tiktoken import Encoding
 from torch import Tensor
 
 from functitan import threefry
-from functitan.data.documents import END_OF_TEXT, Corpus, problems_of
+from functitan.data.documents import Corpus, problems_of, readable, text_of
+from functitan.data.encodings import END_OF_TEXT, has_end_of_text
 from functitan.errors import FunctitanError, report
 
 BATCH = {"tokens": "batch seq", "labels": "batch seq"}
@@ -61,7 +62,7 @@ def token_stream(
     so a cursor serves any; the other arguments must be those it was made with.
     Raises FunctitanError for bad arguments, and in `next_batch` for a cursor beyond the data.
 
-    >>> from functitan.data.documents import byte_encoding
+    >>> from functitan.data.encodings import byte_encoding
     >>> documents = Dataset.from_dict({"text": ["abc", "de"]})
     >>> stream = token_stream(documents, byte_encoding(), seq_len=4, batch_size=1, shuffle=0)
     >>> batch, cursor = stream.next_batch(Cursor())
@@ -79,12 +80,16 @@ def token_stream(
         return torch.argsort(threefry.bits(reduce(threefry.fold_in, place, key), (n,)), stable=True).cpu().numpy()
 
     is_stream = isinstance(documents, IterableDataset)
-    text_at = _texts_of_stream(documents) if is_stream else _texts_in_order(documents, permutation)
+    row_at = _rows_of_stream(documents) if is_stream else _rows_in_order(documents, permutation)
 
     @lru_cache(maxsize=256)  # a rank that lags by a batch must not reopen a streaming dataset
     def tokens_at(epoch: int, document: int) -> np.ndarray:
-        if (text := text_at(epoch, document)) is None:
+        where = f"document {document} of epoch {epoch}"
+        with readable("next_batch", where):
+            row = row_at(epoch, document)
+        if row is None:
             return np.empty(0, np.uint32)
+        text = text_of("next_batch", row["text"], where)
         return np.append(encoding.encode_to_numpy(text, disallowed_special=()), np.uint32(encoding.eot_token))
 
     @lru_cache(maxsize=2)  # a batch may meet two
@@ -123,16 +128,16 @@ def token_stream(
     return TokenStream(next_batch, encoding, seq_len, batch_size)
 
 
-def _texts_in_order(documents: Dataset, permutation: Callable[..., np.ndarray]) -> Callable[[int, int], str | None]:
+def _rows_in_order(documents: Dataset, permutation: Callable[..., np.ndarray]) -> Callable[[int, int], dict | None]:
     order = lru_cache(maxsize=2)(partial(permutation, len(documents), "documents"))  # a window may meet two epochs
-    return lambda epoch, index: documents[int(order(epoch)[index])]["text"] if index < len(documents) else None
+    return lambda epoch, index: documents[int(order(epoch)[index])] if index < len(documents) else None
 
 
-def _texts_of_stream(documents: IterableDataset) -> Callable[[int, int], str | None]:
+def _rows_of_stream(documents: IterableDataset) -> Callable[[int, int], dict | None]:
     """Reads on where the last call ended, and opens the stream anew for any other place."""
     rows, place = iter(()), None
 
-    def text_at(epoch: int, index: int) -> str | None:
+    def row_at(epoch: int, index: int) -> dict | None:
         nonlocal rows, place
         if place != (epoch, index):
             opened = documents.skip(index)
@@ -141,9 +146,9 @@ def _texts_of_stream(documents: IterableDataset) -> Callable[[int, int], str | N
         place = None  # a read that fails leaves no place to go on from
         row = next(rows, None)
         place = (epoch, index + 1)
-        return None if row is None else row["text"]
+        return row
 
-    return text_at
+    return row_at
 
 
 def _check_stream(documents: Corpus, encoding: Encoding, **sizes: int) -> None:
@@ -151,7 +156,7 @@ def _check_stream(documents: Corpus, encoding: Encoding, **sizes: int) -> None:
     problems += [f"{n}={v!r} is not an int >= 1" for n, v in sizes.items() if type(v) is not int or v < 1]
     if not isinstance(encoding, Encoding):
         problems.append(f"encoding is a {type(encoding).__name__}, not a tiktoken Encoding as data.encoding makes it")
-    elif END_OF_TEXT not in encoding.special_tokens_set:
+    elif not has_end_of_text(encoding):
         problems.append(f"the encoding {encoding.name!r} has no {END_OF_TEXT} to put between documents")
     if problems:
         fix = "write as in token_stream(stdlib_documents(), byte_encoding(), seq_len=256, batch_size=8)"
@@ -163,8 +168,8 @@ def _check_cursor(cursor: Sequence[int]) -> Cursor:
         checked = Cursor._make(map(operator.index, cursor))
     except TypeError:
         checked = Cursor(-1)
-    if min(checked) < 0:
-        problem = f"{cursor!r} is not four ints >= 0: epoch, document, offset, row"
+    if min(checked) < 0 or max(checked) >= 2**63:
+        problem = f"{cursor!r} is not four ints >= 0 and below 2**63: epoch, document, offset, row"
         raise FunctitanError(report("next_batch", [problem], "start with Cursor(), go on with the cursor of a batch"))
     return checked
 

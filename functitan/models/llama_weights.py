@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from functitan.errors import FunctitanError, report
 from functitan.models.llama import LlamaConfig
+from functitan.models.llama_fields import FIELDS, LLAMA3, ROPE, is_count, is_positive, problems_of, rope_of, value_of
 from functitan.nn.rope import RopeScaling
 
 
@@ -52,40 +53,53 @@ def weights(config: LlamaConfig) -> dict[str, Weight]:
     return found
 
 
-def config_from(given: dict[str, Any]) -> LlamaConfig:
-    """The config that a `config.json` describes, of transformers 4 or 5.
+def config_from(given: Any, file: str = "config.json") -> LlamaConfig:
+    """The config that a `config.json` describes, of transformers 4 or 5; `file` names it in errors.
 
-    Raises `FunctitanError` that lists every entry that asks for what this Llama does not have.
+    Raises `FunctitanError` that lists every field that is not what it must be, or asks for what this Llama lacks.
     """
-    rope = dict(given.get("rope_parameters") or given.get("rope_scaling") or {})
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    problems = [
-        f"{name} is {given.get(name)!r}, not {known!r}"
-        for name, known in _FIXED.items()
-        if given.get(name, known) != known
-    ]
-    if given.get("model_type") != "llama":
-        problems.append(f"model_type is {given.get('model_type')!r}, not 'llama'")
-    if kind not in ("default", "llama3"):
-        problems.append(f"rope_type is {kind!r}, neither 'default' nor 'llama3'")
-    problems += [f"there is no {name!r}" for name in _SIZES.values() if name not in given]
+    if not isinstance(given, dict):
+        raise FunctitanError(report(file, [f"it holds a {type(given).__name__}, not a dict of fields"], _FIX))
+    problems = problems_of(given, FIELDS)
+    if "model_type" not in given:
+        problems.append("there is no model_type: it must be 'llama'")
+    if not any(problem.startswith(("rope_", "max_position", "original")) for problem in problems):
+        problems += _rope_problems(given)
+    sizes = {name: value_of(given, name) for name in FIELDS}
+    width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    kv_heads, head_dim = sizes["num_key_value_heads"], sizes["head_dim"]
+    if is_count(width) and is_count(heads):
+        if width % heads:
+            problems.append(f"hidden_size {width} is not a multiple of num_attention_heads {heads}")
+        kv_heads, head_dim = kv_heads or heads, head_dim or width // heads
+        if is_count(kv_heads) and heads % kv_heads:
+            problems.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+        if is_count(head_dim) and head_dim % 2:
+            problems.append(f"head_dim {head_dim} is odd: rotary positions turn pairs")
     if problems:
-        raise FunctitanError(report("config.json", problems, "give the directory of a Llama"))
-    heads = given["num_attention_heads"]
-    scaling = None
-    if kind == "llama3":
-        scaling = RopeScaling(
-            rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
-        )
+        raise FunctitanError(report(file, problems, _FIX))
+    rope = rope_of(given)[1]
     return LlamaConfig(
-        **{ours: given[theirs] for ours, theirs in _SIZES.items()},
-        num_kv_heads=given.get("num_key_value_heads") or heads,
-        head_dim=given.get("head_dim") or given["hidden_size"] // heads,
-        rope_theta=rope.get("rope_theta", given.get("rope_theta", 10000.0)),
-        rope_scaling=scaling,
-        norm_eps=given.get("rms_norm_eps", 1e-6),
-        tied=given.get("tie_word_embeddings", False),
+        **{ours: sizes[theirs] for ours, theirs in _SIZES.items()},
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        rope_theta=rope["rope_theta"],
+        rope_scaling=RopeScaling(*(rope[name] for name in _SCALING)) if rope["rope_type"] == "llama3" else None,
+        norm_eps=sizes["rms_norm_eps"],
+        tied=sizes["tie_word_embeddings"],
     )
+
+
+def _rope_problems(given: dict[str, Any]) -> list[str]:
+    field, rope = rope_of(given)
+    problems = problems_of(rope, ROPE, f"{field}: ")
+    if rope["rope_type"] == "llama3":
+        problems += problems_of(rope, LLAMA3, f"{field}: ")
+        problems += [f"{field}: there is no {name}" for name in _SCALING if name not in rope]
+        low, high = rope.get("low_freq_factor"), rope.get("high_freq_factor")
+        if low and high and is_positive(low) and is_positive(high) and low >= high:
+            problems.append(f"{field}: low_freq_factor {low} is not below high_freq_factor {high}")
+    return problems
 
 
 def config_to(config: LlamaConfig, dtype: str, max_positions: int) -> dict[str, Any]:
@@ -120,4 +134,6 @@ _SIZES = {
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
 }
+_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _FIXED = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
+_FIX = "give the config.json of a Llama, as transformers writes it"

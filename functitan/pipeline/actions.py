@@ -114,4 +114,4 @@ def _from_neighbour(
     return [Action(kind, neighbour, microbatch) if here else Action(receive, stage, microbatch)]
 
 
-_ACTION = re.compile(rf"(\d+)({'|'.join(sorted(KINDS, key=len, reverse=True))})(\d*)")
+_ACTION = re.compile(rf"([0-9]{{1,9}})({'|'.join(sorted(KINDS, key=len, reverse=True))})([0-9]{{0,9}})")

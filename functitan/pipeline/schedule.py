@@ -57,7 +57,7 @@ class Schedule:
         way that the other has posted no receive for (0: a send waits for its receive; None: sends never wait).
         """
         if found := problems(self.actions, self.stage_rank, self.num_microbatches, buffers):
-            raise ScheduleError(report(self._title(), _short(found), _FIX_CHECK))
+            raise ScheduleError(report(self._title(), short(found), _FIX_CHECK))
 
     def timeline(self, *, forward: Cost = 1, input: Cost = 1, weight: Cost = 1, send: float = 0) -> tuple[Times, ...]:
         """(start, end) of each action of each rank, by the simulated clock.
@@ -153,10 +153,13 @@ def from_actions(
     compute = tuple(tuple(filter(is_compute, order)) for order in orders)
     num_stages = num_stages or 1 + max((a.stage for order in compute for a in order), default=-1)
     num_microbatches = num_microbatches or 1 + max((a.microbatch for order in compute for a in order), default=-1)
+    title, count = f"schedule {name!r}", sum(map(len, compute))
+    if num_stages * num_microbatches > max(count, _SMALL):  # before anything of such a size is made
+        problem = f"{num_stages} stages of {num_microbatches} microbatches are more than its {count} actions"
+        raise ScheduleError(report(title, [problem], _FIX_CHECK))
     homes = [
         Counter(rank for rank, order in enumerate(compute) for a in order if a.stage == s) for s in range(num_stages)
     ]
-    title = f"schedule {name!r}"
     found = [f"stage {stage}: no rank has an action of it" for stage, ranks in enumerate(homes) if not ranks]
     if found or not homes:
         raise ScheduleError(report(title, found or ["it has no actions"], _FIX_CHECK))
@@ -164,7 +167,7 @@ def from_actions(
     if all(a.kind not in SENDS + RECEIVES for order in orders for a in order):
         found = compute_problems(compute, stage_rank, num_microbatches)
         if found := found or waiting(tuple(with_messages(o, stage_rank) for o in compute), stage_rank):
-            raise ScheduleError(report(title, _short(found), _FIX_CHECK))
+            raise ScheduleError(report(title, short(found), _FIX_CHECK))
         orders = place(compute, stage_rank, max_unsharded)
     elif all(a.kind not in GATHERS for order in orders for a in order):
         orders = tuple(with_gathers(order, max_unsharded) for order in orders)
@@ -175,10 +178,12 @@ def _measured_title(schedule: Schedule, measured: Sequence[Times]) -> str:
     return f"measured: bubble {bubble(schedule.actions, measured):.1%}"
 
 
-def _short(lines: list[str], most: int = 20) -> list[str]:
+def short(lines: list[str], most: int = 20) -> list[str]:
+    """The first lines of many."""
     return lines if len(lines) <= most else [*lines[:most], f"and {len(lines) - most} more"]
 
 
+_SMALL = 10_000  # stages times microbatches: below it, each action that is missing is named
 _FIX_CHECK = (
     "each stage needs F of every microbatch once, then B, or I and later W, after what they depend on; "
     "give compute actions alone, and from_actions and read_csv place the communication"

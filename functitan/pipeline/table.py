@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import csv
 import re
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 
 from functitan.errors import ScheduleError, report
 from functitan.pipeline.actions import Action, is_compute, parse_action
-from functitan.pipeline.schedule import Schedule, from_actions
+from functitan.pipeline.schedule import Schedule, from_actions, short
+from functitan.reading import path_text
 
 
 def write_csv(schedule: Schedule, path: str | PathLike[str], compute_only: bool = False) -> None:
@@ -37,19 +38,26 @@ def read_csv(
     """
     problems: list[str] = []
     rows: list[list[Action]] = []
-    with open(path, newline="") as file:
-        for rank, cells in enumerate(csv.reader(file)):
-            rows.append([])
-            for i, cell in enumerate(cells):
-                overlapped = _OVERLAP.fullmatch(cell.strip())
-                for text in overlapped[1].split(";") if overlapped else [cell]:
-                    action = parse_action(text)
-                    if action:
-                        rows[rank].append(action)
-                    elif text.strip():
-                        problems.append(f"rank {rank} (row {rank + 1}), cell {i + 1}: {text.strip()!r} is no action")
+    what = f"read_csv({path_text('read_csv', path)!r})"
+    try:
+        with open(path, newline="") as file:
+            table = list(csv.reader(file))
+    except (OSError, ValueError, csv.Error) as error:
+        problem = f"it can't be read: {getattr(error, 'strerror', None) or error}"
+        raise ScheduleError(report(what, [problem], "give a CSV file in UTF-8, as write_csv makes it")) from error
+    for rank, cells in enumerate(table):
+        rows.append([])
+        for i, cell in enumerate(cells):
+            overlapped = _OVERLAP.fullmatch(cell.strip())
+            for text in overlapped[1].split(";") if overlapped else [cell]:
+                action = parse_action(text)
+                if action:
+                    rows[rank].append(action)
+                elif text.strip():
+                    said = f"{text.strip()[:60]!r}"
+                    problems.append(f"rank {rank} (row {rank + 1}), cell {i + 1}: {said} is no action")
     if problems:
-        raise ScheduleError(report(f"read_csv({fspath(path)!r})", problems, _FIX))
+        raise ScheduleError(report(what, short(problems), _FIX))
     sizes = dict(num_stages=num_stages, num_microbatches=num_microbatches, max_unsharded=max_unsharded)
     schedule = from_actions(rows, name=Path(path).stem, **sizes)
     schedule.check(buffers=None)
