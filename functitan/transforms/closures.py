@@ -1,39 +1,58 @@
-"""What a function closes over: differentiated tensors that it reaches by other ways than its arguments.
+"""What a function reaches by other ways than its arguments: differentiated tensors, and random generators.
 
 Invariant: nothing is run. Cells, defaults, partial arguments, bound objects and the functions among them are looked
-through; globals are not.
+through; globals are not, but for generators, and modules of them, that the function's own code names.
 """
 
 from __future__ import annotations
 
 import functools
+import random
 import types
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from functitan import tree
 from functitan.ops.function import is_differentiated
 
+GENERATORS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
+
 
 def closed_over(fn: Any) -> Iterator[tuple[str, Tensor]]:
     """(path, tensor) of each tensor in `fn` that autograd or a torch.func transform tracks."""
-    yield from _within(fn, "", set())
+    return ((path, x) for path, x in _within(fn, "", set()) if isinstance(x, Tensor))
 
 
 def closure_problems(fn: Any) -> list[str]:
     """What is wrong with a function that runs below all transforms: each tensor that would get no gradient."""
-    return [
-        f"it closes over {path}, a tensor {tuple(x.shape)} that is differentiated and would get no gradient"
-        for path, x in closed_over(fn)
-    ]
+    return problems_and_generators(fn)[0]
 
 
-def _within(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+def problems_and_generators(fn: Any) -> tuple[list[str], list[Any]]:
+    """The same, and the random generators that the function reaches, other than torch's own."""
+    problems, generators = [], {}
+    for path, x in _within(fn, "", set()):
+        if isinstance(x, Tensor):
+            what = f"a tensor {tuple(x.shape)} that is differentiated and would get no gradient"
+            problems.append(f"it closes over {path}, {what}")
+        else:
+            generators[id(x)] = x
+    return problems, list(generators.values())
+
+
+def _within(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
     if id(value) in seen or isinstance(value, (type, types.ModuleType)):
         return
     seen.add(id(value))
+    if isinstance(value, GENERATORS):
+        yield path, value
+        return
+    if isinstance(value, types.FunctionType):
+        yield from ((path, found) for found in _named(value))
     if isinstance(value, Tensor):
         if is_differentiated(value):
             yield repr(path), value
@@ -57,5 +76,25 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         yield from (("__defaults__", value.__defaults__), ("__kwdefaults__", value.__kwdefaults__))
     elif isinstance(value, nn.Module):
         yield from value.named_parameters()
+        for name, part in value.named_modules():
+            yield from ((f"{name}.{own}", x) for own, x in vars(part).items() if isinstance(x, GENERATORS))
     elif callable(value) and hasattr(value, "__dict__"):
         yield from vars(value).items()
+
+
+def _named(fn: types.FunctionType) -> Iterator[Any]:
+    """The generators that the function's code names among globals, by themselves, by a method, or by their module."""
+    for name in _names(fn.__code__):
+        value = fn.__globals__.get(name)
+        if value is random:
+            yield random.random.__self__  # type: ignore[attr-defined]
+        elif value is np or value is np.random:
+            yield np.random.rand.__self__  # type: ignore[attr-defined]
+        elif isinstance(owner := getattr(value, "__self__", value), GENERATORS):
+            yield owner
+
+
+@functools.lru_cache(maxsize=2**12)
+def _names(code: types.CodeType) -> frozenset[str]:
+    inner = (_names(const) for const in code.co_consts if isinstance(const, types.CodeType))
+    return frozenset(code.co_names).union(*inner)

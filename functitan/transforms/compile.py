@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import GraphModule
 
 from functitan import tree
 from functitan.capture.halves import Halves, trace_halves
@@ -21,6 +23,7 @@ from functitan.errors import FunctitanError, check_function, report
 from functitan.ops.function import requires_gradient, transforms_active
 from functitan.sharding.context import Env, current, using
 from functitan.transforms.closures import closure_problems
+from functitan.transforms.draws import FIX_DRAWS, draws
 from functitan.transforms.flat import TENSOR, Form, join, of_tensors, split
 from functitan.transforms.float8 import FIX_DELAYED, outside
 
@@ -59,6 +62,7 @@ class Region:
     backward: Opaque | None
     halves: Halves
     result: Form
+    draws: bool  # from torch's generator
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +137,12 @@ def _made(its: _Call, xs: tuple[Tensor, ...], made_for: tuple[Any, ...]) -> Regi
     plain = mesh is not None and mesh.transport.name != "distributed"  # threads, and `ft.explain`'s fake tensors
     make = lambda program: opaque(run_passes(program, compiled.passes), "graph" if plain else compiled.backend)
     forward, backward = make(halves.forward), None if halves.backward is None else make(halves.backward)
-    return Region(made_for, forward, backward, halves, result[0])
+    return Region(made_for, forward, backward, halves, result[0], _draws(halves.forward.graph))
+
+
+def _draws(graph: GraphModule) -> bool:
+    nodes = graph.graph.nodes
+    return any(isinstance(node.target, OpOverload) and draws(node.target, node.args, node.kwargs) for node in nodes)
 
 
 def _no_forward_mode(ctx: Any, *tangents: Any) -> Any:
@@ -145,6 +154,8 @@ class _Forward(torch.autograd.Function):
     def forward(its: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         xs = tuple(x.detach() for x in tensors)
         its.found[:] = [_region(its, xs)]
+        if its.region.draws and (its.env.recomputed or its.env.capture is not None):
+            raise FunctitanError(report(its.compiled.name, [_DRAWS], FIX_DRAWS))
         return call(its.region.forward, xs, its.env)
 
     @staticmethod
@@ -224,5 +235,6 @@ def _called(path: str) -> str:
     return path.partition(".")[2]
 
 
+_DRAWS = "it draws from torch's generator, and a graph around it, or a recomputation, would not draw the same"
 _FIX_VMAP = "vmap inside: ft.compile(ft.vmap(fn, ...))"
 _FIX_SECOND = "differentiate inside, as in ft.compile(ft.grad(fn)), or leave the function uncompiled there"

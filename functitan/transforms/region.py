@@ -25,6 +25,7 @@ from functitan.sharding.context import Env, current, using
 from functitan.sharding.explain import shapes_only
 from functitan.sharding.ledger import Ledger
 from functitan.sharding.memo import Kept, Memo
+from functitan.transforms.draws import Source, again, first_time, unmoved
 from functitan.transforms.remat_policies import Budget, Made, Names, Policy, check_names, made, nothing_saveable
 
 Tensors = tuple[Tensor, ...]
@@ -54,6 +55,7 @@ def recorded(
     offload: bool,
     env: Env,
     where: str,
+    sources: tuple[Source, ...],
     planned: Callable[[Any, Callable[[], Any]], Any],
 ) -> Region:
     """The region of a function. `planned(shapes, plan)` remembers what a budget chose."""
@@ -73,7 +75,7 @@ def recorded(
         here = current()
         known["mark"] = None if here.float8 is None else here.float8.mark
         with using(here._replace(memo=memo)):
-            results = flat(*xs)
+            results, known["drawn"] = first_time(lambda: flat(*xs), sources, where)
         if isinstance(policy, Names):
             check_names(policy.names, names, where)
         entries = () if memo is None else memo.entries()
@@ -92,11 +94,12 @@ def recorded(
         memo = Memo(kept=kept) if wants else None
         numbers = None if here.float8 is None else here.float8.at(known["mark"])
         with using(here._replace(phase=phase, recomputed=True, memo=memo, float8=numbers)):
-            return flat(*xs)
+            return again(lambda: flat(*xs), known["drawn"], env, where)
 
     def choose(region: Region, tensors: Tensors) -> None:
         assert isinstance(policy, Budget)
-        chosen = planned(_shapes(region, tensors), lambda: policy.choose(_dry_run(region, tensors)))
+        with unmoved(sources):
+            chosen = planned(_shapes(region, tensors), lambda: policy.choose(_dry_run(region, tensors)))
         left = [policy.bytes]
 
         def accepts(its: Made) -> bool:

@@ -15,7 +15,8 @@ import torch
 from functitan.errors import FunctitanError, report
 from functitan.ops.function import transforms_active
 from functitan.sharding.context import current, using
-from functitan.transforms.closures import closure_problems
+from functitan.transforms.closures import GENERATORS, problems_and_generators
+from functitan.transforms.draws import sources_of
 from functitan.transforms.flat import join, of_tensors, split
 from functitan.transforms.region import apply_region, recorded
 from functitan.transforms.remat_policies import Budget, Policy, check_policy, everything_saveable, nothing_saveable
@@ -30,8 +31,10 @@ def remat(fn: Callable[..., Any], *, policy: Policy | Budget = nothing_saveable,
     memory in forward, and back in backward. For every k-th layer only: `ft.remat(block) if i % k == 0 else block`.
 
     Values and gradients are those of `fn`, under every transform and in a captured step, where the recomputation stays
-    apart from forward. Randomness that comes from keys replays exactly. Arguments and results are trees; leaves that
-    are no tensors are static. Collectives of the recomputation are `recomputed` in the ledger, in phase "backward".
+    apart from forward. Randomness from keys replays exactly, and so does what torch's generators draw, and others that
+    the function's own code names; in a captured step and on a virtual mesh those raise. Arguments and results are
+    trees; leaves that are no tensors are static. Collectives of the recomputation are `recomputed` in the ledger, in
+    phase "backward".
 
     Raises `FunctitanError` for a tensor that `fn` closes over and that is differentiated: it would get no gradient.
     Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016.
@@ -50,15 +53,19 @@ def remat(fn: Callable[..., Any], *, policy: Policy | Budget = nothing_saveable,
     @functools.wraps(fn)
     def rematerialized(*args: Any, **kwargs: Any) -> Any:
         tensors, form = split((args, kwargs))  # backward keeps no tensors by the form
-        env = current()
+        env, generators = current(), []
         if transforms_active() or torch.is_grad_enabled():
-            _check_closure(fn, where)
+            problems, generators = problems_and_generators(fn)
+            if problems:
+                raise FunctitanError(report(where, problems, FIX_CLOSURE))
         if not transforms_active() and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
             with using(env._replace(memo=None)):  # of a remat around this one
                 return fn(*args, **kwargs)
         flat, result = of_tensors(lambda given: fn(*given[0], **given[1]), form)
         kind = form.structure, tuple((type(leaf), leaf) for leaf in form.leaves)
-        region = recorded(flat, policy, offload, env, where, functools.partial(_planned, plans, kind))
+        generators += [leaf for leaf in form.leaves if isinstance(leaf, GENERATORS)]
+        sources = sources_of(generators, tensors)
+        region = recorded(flat, policy, offload, env, where, sources, functools.partial(_planned, plans, kind))
         values = apply_region(region, tensors)
         return join(result[0], values)
 
@@ -75,11 +82,6 @@ def _planned(plans: dict[Any, Any], call: Any, shapes: Any, plan: Callable[[], A
     if key not in plans:
         plans[key] = plan()
     return plans[key]
-
-
-def _check_closure(fn: Callable[..., Any], where: str) -> None:
-    if problems := closure_problems(fn):
-        raise FunctitanError(report(where, problems, FIX_CLOSURE))
 
 
 FIX_CLOSURE = "pass it as an argument: ft.remat(lambda w, x: ...)(w, x)"
