@@ -61,7 +61,8 @@ def first_time(run: Callable[[], Any], sources: tuple[Source, ...], where: str) 
         result = run()
     after = [source.read() for source in sources]
     moved = [i for i, (was, now) in enumerate(zip(before, after, strict=True)) if not _equal(was[0], now[0])]
-    return result, Drawn(*(tuple(each[i] for i in moved) for each in (sources, before, after)))
+    at = lambda states: tuple(states[i] for i in moved)
+    return result, Drawn(tuple(sources[i] for i in moved), at(before), at(after))
 
 
 def again(run: Callable[[], Any], drawn: Drawn, env: Env, where: str) -> Any:
@@ -142,7 +143,8 @@ def _equal(one: Any, other: Any) -> bool:
 
 def _of_torch(name: str, generator: torch.Generator) -> Source:
     def read() -> tuple[Any, Any]:
-        return (peeled(generator.get_state()),) * 2  # a transform around the caller wraps it
+        state = peeled(generator.get_state())  # a transform around the caller wraps it
+        return state, state
 
     return Source(name, read, generator.set_state)
 
@@ -160,7 +162,8 @@ def _own(generator: Any) -> Source:
     if isinstance(generator, torch.Generator):
         return _of_torch("a torch.Generator", generator)
     if isinstance(generator, random.Random):
-        return Source("Python's random", lambda: (generator.getstate(),) * 2, generator.setstate)
+        python: random.Random = generator
+        return Source("Python's random", lambda: (state := python.getstate(), state), python.setstate)
     return _of_numpy(generator)
 
 
