@@ -185,7 +185,9 @@ def test_processes_of_a_launch_listen_on_the_loopback_alone():
 
 CELLS = (
     "import functitan as ft, torch\nfrom functitan import random\nscale = torch.tensor(2.0)",
-    "def work(x):\n    rank = ft.as_mesh(ft.make_mesh(dp=2)).rank\n    return rank + (scale * x + random.key(7)[1]).item()",
+    "def work(x):\n"
+    "    rank = ft.as_mesh(ft.make_mesh(dp=2)).rank\n"
+    "    return rank + (scale * x + random.key(7)[1]).item()",
     "print(ft.launch(work, 1.0, nprocs=2))",
 )
 
