@@ -12,6 +12,8 @@ from typing import NamedTuple
 from functitan.errors import PatternError, report
 
 Axes = tuple[str, ...]
+MOST_CHARACTERS = 10_000
+MOST_AXES = 64  # of one tensor: torch's own kernels have no more
 
 
 class Signature(NamedTuple):
@@ -30,8 +32,7 @@ def parse_axes(pattern: str) -> Axes:
     >>> parse_axes("")
     ()
     """
-    if not isinstance(pattern, str):
-        raise PatternError(_not_a_string(pattern))
+    check_pattern(pattern)
     problems = _problems(pattern, tuple(pattern.split()))
     if problems:
         raise PatternError(report(f"pattern {pattern!r}", problems, _FIX))
@@ -45,8 +46,7 @@ def parse_signature(pattern: str) -> Signature:
     >>> parse_signature("b s, s e -> b e")
     Signature(operands=(('b', 's'), ('s', 'e')), results=(('b', 'e'),))
     """
-    if not isinstance(pattern, str):
-        raise PatternError(_not_a_string(pattern))
+    check_pattern(pattern)
     sides = pattern.split("->")
     if len(sides) != 2:
         raise PatternError(report(f"pattern {pattern!r}", [_ARROWS.format(len(sides) - 1)], _FIX_ARROW))
@@ -64,8 +64,7 @@ def parse_operands(pattern: str) -> tuple[Axes, ...]:
     >>> parse_operands("batch embed, embed")
     (('batch', 'embed'), ('embed',))
     """
-    if not isinstance(pattern, str):
-        raise PatternError(_not_a_string(pattern))
+    check_pattern(pattern)
     if "->" in pattern:
         raise PatternError(report(f"pattern {pattern!r}", [_NO_ARROW], "write the operands alone, 'operand, operand'"))
     operands = [tuple(axes.split()) for axes in pattern.split(",")]
@@ -73,6 +72,19 @@ def parse_operands(pattern: str) -> tuple[Axes, ...]:
     if problems:
         raise PatternError(report(f"pattern {pattern!r}", problems, _FIX))
     return tuple(operands)
+
+
+def check_pattern(pattern: object, op: str = "ft.einsum") -> None:
+    """Raise `PatternError` for what is no string, such as a tensor that stands before its pattern, or is too long.
+
+    The fix shows the order of arguments of `op`.
+    """
+    if not isinstance(pattern, str):
+        what = f"a value of type {type(pattern).__name__!r}"  # not its repr: it may be a big tensor
+        raise PatternError(report(f"pattern that is {what}", ["a pattern is a string"], _FIX_STRING[op]))
+    if len(pattern) > MOST_CHARACTERS:
+        problem = f"it has {len(pattern)} characters, and a pattern at most {MOST_CHARACTERS}"
+        raise PatternError(report(f"pattern {pattern[:40]!r}...", [problem], _FIX))
 
 
 def write_axes(axes: Axes) -> str:
@@ -90,15 +102,12 @@ def write_signature(signature: Signature) -> str:
 
 
 def _problems(pattern: str, axes: Axes) -> list[str]:
+    if len(axes) > MOST_AXES:
+        return [f"{pattern[:40]!r}... has {len(axes)} names, and a tensor at most {MOST_AXES} dimensions"]
     repeated = sorted({name for name in axes if axes.count(name) > 1})
     return [_NAME.format(name, pattern) for name in axes if not name.isidentifier() or name.startswith("_")] + [
         _REPEATED.format(name, pattern) for name in repeated
     ]
-
-
-def _not_a_string(pattern: object) -> str:
-    what = f"a value of type {type(pattern).__name__!r}"  # not its repr: it may be a big tensor
-    return report(f"pattern that is {what}", ["a pattern is a string"], _FIX_STRING)
 
 
 _NAME = "{0!r} in {1!r} is not an axis name: letters, digits and '_', beginning with a letter"
@@ -107,4 +116,11 @@ _ARROWS = "a pattern of an operation has one '->', this has {0}"
 _NO_ARROW = "it has '->', but the pattern of this result follows from the operands"
 _FIX = "name each axis once, with spaces between, as in 'batch seq embed'"
 _FIX_ARROW = "write 'operand, operand -> result', as in 'batch embed, embed mlp -> batch mlp'"
-_FIX_STRING = "write 'batch seq embed'; in ops it comes first, as in ft.einsum('a b, b c -> a c', x, w)"
+_FIX_STRING = {
+    op: f"write 'batch seq embed'; in ops it comes first, as in {op}({example})"
+    for op, example in {
+        "ft.einsum": "'a b, b c -> a c', x, w",
+        "ft.rearrange": "'batch (heads head_dim) -> batch heads head_dim', x, heads=8",
+        "ft.linear_cross_entropy": "'batch embed, vocab embed, batch', x, w, labels",
+    }.items()
+}

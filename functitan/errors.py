@@ -9,9 +9,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from functitan.lines import in_notebook
+
 
 class FunctitanError(ValueError):
     """A user's mistake; every error kind below is one, and so is a plain `ValueError` to who catches it."""
+
+    _render_traceback_ = in_notebook
 
 
 class PatternError(FunctitanError):
@@ -45,6 +49,8 @@ class ReplicationError(FunctitanError):
 class NonFiniteError(FloatingPointError):
     """NaN or infinity in the loss or the gradients of a step; the state is as before the step."""
 
+    _render_traceback_ = in_notebook
+
 
 class CaptureError(FunctitanError):
     """A function that cannot be captured as a graph, or not with the meaning it has."""
@@ -56,6 +62,8 @@ class CheckpointError(FunctitanError):
 
 class CollectiveError(RuntimeError):
     """A collective that another rank did not join: it failed, left, or ran a different program."""
+
+    _render_traceback_ = in_notebook
 
 
 class PeerCheckpointError(CheckpointError, CollectiveError):
@@ -70,8 +78,16 @@ def report(what: str, problems: Iterable[str], fix: str = "") -> str:
       - axis 'b' is in no operand
       Fix: drop it
     """
-    lines = [f"{what}:", *(f"  - {problem}" for problem in problems)]
+    lines = [f"{_clipped(what)}:", *(f"  - {_clipped(problem)}" for problem in problems)]
     return "\n".join(lines + ([f"  Fix: {fix}"] if fix else []))
+
+
+def _clipped(text: str) -> str:
+    """`text`, of which a reader can take in the beginning if it is very long: a pattern of a thousand names, say."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters)"
+
+
+_LONGEST = 2000
 
 
 def check_function(fn: object, what: str) -> None:
@@ -81,11 +97,11 @@ def check_function(fn: object, what: str) -> None:
         raise FunctitanError(report(what, [problem], f"write {what}(fn, ...), and call what it returns"))
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` where a known name is close, else the empty string.
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """` (did you mean 'x'?)` where a known name is close, else the empty string; `cutoff` 1 is the same name.
 
     >>> nearest("fdsp", ["dp", "fsdp"])
     " (did you mean 'fsdp'?)"
     """
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f" (did you mean {close[0]!r}?)" if close else ""

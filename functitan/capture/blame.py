@@ -10,7 +10,6 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from functitan import tree
-
-_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent), "<")
+from functitan.lines import is_users
 
 
 def lines_of_writes(fn: Callable[..., Any], fakes: tuple[Tensor, ...]) -> dict[int, str]:
@@ -58,7 +56,7 @@ def lines_of_strangers(fn: Callable[..., Any], fakes: tuple[Tensor, ...]) -> dic
 def line_of_error(error: BaseException) -> str:
     """The innermost line of a traceback that is the user's."""
     return next(
-        map(_written, (f for f in reversed(traceback.extract_tb(error.__traceback__)) if _is_users(f.filename))), ""
+        map(_written, (f for f in reversed(traceback.extract_tb(error.__traceback__)) if is_users(f.filename))), ""
     )
 
 
@@ -79,7 +77,7 @@ def _watch(fn: Callable[..., Any], fakes: tuple[Tensor, ...], see: Callable[...,
 
 def _line_here() -> str:
     frame = sys._getframe(1)
-    while frame is not None and not _is_users(frame.f_code.co_filename):
+    while frame is not None and not is_users(frame.f_code.co_filename):
         frame = frame.f_back
     if frame is None:
         return ""
@@ -88,7 +86,3 @@ def _line_here() -> str:
 
 def _written(frame: traceback.FrameSummary) -> str:
     return f"{frame.filename}:{frame.lineno}: {frame.line}"
-
-
-def _is_users(file: str) -> bool:
-    return not file.startswith(_LIBRARIES)

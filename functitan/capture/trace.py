@@ -59,6 +59,8 @@ class Program(NamedTuple):
         return [*self.remarks, *([_EXCHANGED] if exchanges and "reduce_scatter" in kinds else [])]
 
 
+Fakes = Callable[[], tuple[Tensor, ...]]  # new ones at each call
+
 unseen = _disable_current_modes  # modes of a caller (ft.explain's memory) see nothing of what is done to graphs
 one_at_a_time = threading.RLock()  # torch.fx patches the whole process while it traces; tracing waits for no rank
 
@@ -87,18 +89,21 @@ def trace(
             results = fn(*xs)
         return (*results, *(flag for flag, _ in capture.failures))
 
+    def again() -> tuple[Tensor, ...]:  # for another run, which finds lines: the first may have donated its inputs
+        return tuple(map(_twin, inputs))
+
     with one_at_a_time, unseen(), mode:
         fakes = tuple(mode.from_tensor(x) if type(x) is Tensor else _twin(x) for x in inputs)
         try:
             with traceback.preserve_node_meta():  # marks of what remat computes again
                 mutating = make_fx(inside, decomposition_table=table)(*fakes)
-            _check_constants(mutating, inside, fakes, what)
+            _check_constants(mutating, inside, again, what)
             pure = torch.func.functionalize(_runner(mutating), remove="mutations")
             graph = make_fx(pure, decomposition_table=table)(*fakes)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise CaptureError(_data_dependent(what, error)) from None
         written = _results_of_writes(graph)
-        _check_writes(set(written) - donated, inside, fakes, what, names, fix)
+        _check_writes(set(written) - donated, inside, again, what, names, fix)
     failures = tuple(error for _, error in capture.failures)
     meshes, calls, remarks = tuple(capture.meshes), dict(capture.calls), tuple(capture.notes)
     return Program(graph, meshes, fakes, written, failures, calls, remarks, capture.compared or current().checked)
@@ -136,15 +141,15 @@ def _results_of_writes(graph: GraphModule) -> tuple[int, ...]:
 
 
 def _check_writes(
-    bad: set[int], fn: Callable[..., Any], fakes: tuple[Tensor, ...], what: str, names: Sequence[str], fix: str
+    bad: set[int], fn: Callable[..., Any], fakes: Fakes, what: str, names: Sequence[str], fix: str
 ) -> None:
     if bad:
-        lines = lines_of_writes(fn, fakes)
+        lines = lines_of_writes(fn, fakes())
         problems = [f"argument {names[i] if names else i} is written to, at {lines.get(i, '')}" for i in sorted(bad)]
         raise CaptureError(report(what, problems, fix))
 
 
-def _check_constants(graph: GraphModule, fn: Callable[..., Any], fakes: tuple[Tensor, ...], what: str) -> None:
+def _check_constants(graph: GraphModule, fn: Callable[..., Any], fakes: Fakes, what: str) -> None:
     """Refuse tensors that the function closes over; those that it makes of numbers are lifted first."""
     lift = torch.ops.aten.lift_fresh_copy.default
     nodes = [node for node in graph.graph.nodes if node.op == "get_attr"]
@@ -153,7 +158,7 @@ def _check_constants(graph: GraphModule, fn: Callable[..., Any], fakes: tuple[Te
     ):
         problems = [
             f"a tensor {text} that is no argument is used at {line}"
-            for text, line in lines_of_strangers(fn, fakes).items()
+            for text, line in lines_of_strangers(fn, fakes()).items()
         ]
         raise CaptureError(
             report(what, problems, "pass it as an argument: a graph would keep its value of now for ever")

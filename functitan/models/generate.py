@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from functitan import threefry, tree
-from functitan.errors import MeshError, report
+from functitan.errors import FunctitanError, MeshError, report
 from functitan.models import llama
 from functitan.ops.attention import attention
 from functitan.ops.lookup import select
 from functitan.ops.move import unshard
+from functitan.ops.operands import Operand, check_operands
 from functitan.sharding.context import current, using
 from functitan.sharding.mesh import is_size
 
@@ -43,7 +44,7 @@ def generate(
 
     Each token is drawn from softmax(logits / temperature) by `key`, a number for each place and row; `temperature` 0
     takes the most likely one, and needs no key. On a mesh run it under `rules.replace(batch=None, seq=None)`, since
-    neither one row nor one token can be cut. Raises `MeshError` under rules that shard them.
+    neither one row nor one token can be cut. Raises `MeshError` under rules that shard them, and `FunctitanError`.
 
     >>> params = llama.params(config := llama.DEBUG._replace(num_layers=1))
     >>> from functitan.sharding.init import init
@@ -51,12 +52,13 @@ def generate(
     ...          max_new_tokens=4).shape
     torch.Size([2, 7])
     """
+    check_operands("generate", Operand("prompt", prompt, ("batch", "seq"), "int"))
     problems = [] if is_size(max_new_tokens) else [f"max_new_tokens is {max_new_tokens!r}: it must be at least 1"]
     problems += [] if temperature >= 0 else [f"temperature is {temperature!r}: it must be at least 0"]
     problems += ["there is no key to sample with"] if temperature > 0 and key is None else []
     if problems:
         fix = "write generate(params, prompt, config, key=ft.random.key(0), max_new_tokens=100)"
-        raise ValueError(report("generate", problems, fix))
+        raise FunctitanError(report("generate", problems, fix))
     logits, cache = prefill(params, prompt, config, prompt.shape[1] + max_new_tokens - 1)
     tokens = [prompt]
     for i in range(max_new_tokens):

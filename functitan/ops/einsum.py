@@ -57,12 +57,16 @@ def einsum(pattern: str, *tensors: Tensor) -> Any:
             for x in tensors:
                 if MARK in x.__dict__:  # a shard, perhaps
                     fits = False
-        except AttributeError:  # of what is no tensor
+        except (AttributeError, RuntimeError):  # of what is no tensor, or a nested one, which has no shape
             given, fits = tensors, False
         if not fits:
             _check(pattern, signature, given)
-        with env.span("einsum", pattern):
-            results = _products(signature, given, deferred)
+        try:
+            with env.span("einsum", pattern):
+                results = _products(signature, given, deferred)
+        except RuntimeError:
+            _check(pattern, signature, given)  # a sparse tensor, say
+            raise
     else:
         _check(pattern, signature, tensors)
         compute = None if env.precision is None else env.precision.compute
@@ -110,8 +114,25 @@ def _parse(pattern: str) -> tuple[Signature, Contraction]:
         raise PatternError(
             report(f"einsum({pattern!r})", problems, "ft.broadcast gives a tensor an axis that it lacks")
         )
+    if problems := [problem for term in terms for problem in _misspelt([operands[i] for i in term.operands], results)]:
+        fix = (
+            "write a contracted axis alike in both operands; an axis of one operand alone is summed by ft.reduce first"
+        )
+        raise PatternError(report(f"einsum({pattern!r})", problems, fix))
     typed = Contraction(tuple(map(Type, operands)), tuple(map(Type, results)), terms, ())  # type: ignore[arg-type]
     return signature, typed
+
+
+def _misspelt(operands: list[Axes], results: tuple[Axes, ...]) -> list[str]:
+    """The axes of one operand alone, which no result has, that another operand may have under another spelling."""
+    kept = {axis for result in results for axis in result}
+    problems = []
+    for i, axes in enumerate(operands):
+        others = {axis for j, other in enumerate(operands) if j != i for axis in other}
+        for axis in axes:
+            if axis not in kept and axis not in others and (hint := nearest(axis, others - set(axes), 0.8)):
+                problems.append(f"only operand {i} {write_axes(axes)!r} has axis {axis!r}{hint}, and no result has it")
+    return problems
 
 
 @lru_cache(maxsize=2**14)  # shapes are part of the key: lengths may vary without end
@@ -121,6 +142,7 @@ def _fits(operands: tuple[Axes, ...], given: tuple[tuple[torch.Size, torch.dtype
     return (
         len(operands) == len(given)
         and isinstance(given[0][1], torch.dtype)  # numpy's arrays have their own
+        and given[0][1] != torch.bool
         and len({kind[1:] for kind in given}) == 1
         and all(len(axes) == len(shape) for axes, (shape, _, _) in zip(operands, given, strict=True))
         and all(
@@ -137,7 +159,7 @@ def _check(pattern: str, signature: Signature, tensors: tuple[Any, ...]) -> None
         problem = f"the pattern has {len(operands)} operands, the call {len(tensors)} tensors"
         raise PatternError(report(what, [problem], "give one tensor for each operand, in order"))
     named = [
-        Operand(f"operand {i} {write_axes(axes)!r}", x, axes)
+        Operand(f"operand {i} {write_axes(axes)!r}", x, axes, "number")
         for i, (axes, x) in enumerate(zip(operands, tensors, strict=True))
     ]
     check_operands(what, *named, alike=True)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from functitan.axes import Axes, parse_axes, parse_signature, write_axes
+from functitan.axes import Axes, check_pattern, parse_axes, parse_signature, write_axes
 from functitan.errors import PatternError, report
 from functitan.ops.contraction import lift, move
 from functitan.ops.function import Call, apply, hidden_axes
@@ -98,6 +98,7 @@ class _Axes(NamedTuple):
 
 @cache
 def _parse(pattern: str) -> _Axes:
+    check_pattern(pattern, "ft.linear_cross_entropy")
     if "->" in pattern:
         operands, results = parse_signature(pattern)
     else:

@@ -15,7 +15,7 @@ from torch import Tensor
 from functitan.axes import Axes, parse_axes, parse_signature, write_axes
 from functitan.errors import PatternError, nearest, report
 from functitan.ops.contraction import lift
-from functitan.ops.function import Call, Hidden, Hiddens, Op, apply, hidden_axes, hide
+from functitan.ops.function import Call, Hidden, Hiddens, Op, apply, hidden_axes, hide, peeled
 from functitan.ops.operands import Operand, check_operands
 from functitan.ops.pipelined import rings_here
 from functitan.ops.rows import LookupAxes, put_rows, take_rows
@@ -74,6 +74,8 @@ def select(pattern: str, x: Tensor, index: int | Tensor) -> Tensor:
     size = global_sizes(axes.table, x, env, label)[axes.looked_up]
     if isinstance(index, Tensor):
         indices = torch.where(index < 0, index + size, index)
+        if env.mesh is not None and not _all_inside(peeled(indices), size):
+            raise PatternError(report(f"select({pattern!r})", [_out_of(indices, size, axes)], _FIX_RANGE))
     elif -size <= index < size:
         indices = torch.full((), index % size, dtype=torch.int64, device=x.device)
     else:
@@ -171,8 +173,14 @@ def _lookup(
 ) -> Tensor:
     axes, dtype = types.axes, dtype or x.dtype
     if env.mesh is None:
-        with env.span(*label):
-            return take_rows(axes, indices, x).to(dtype)
+        try:
+            with env.span(*label):
+                return take_rows(axes, indices, x).to(dtype)
+        except IndexError:  # torch's own names neither op nor axis
+            size = x.shape[axes.table.index(axes.looked_up)]
+            raise PatternError(
+                report(f"{label.op}({label.pattern!r})", [_out_of(indices, size, axes)], _FIX_RANGE)
+            ) from None
     if kind == "put":  # each position of the indices' hidden axes has a table of its own
         x = lift(types.result, x, hidden_axes(indices, env), env, label)
     source, target = (types.table, types.result) if kind == "take" else (types.result, types.table)
@@ -263,6 +271,22 @@ def _parse(pattern: str, what: str) -> tuple[Axes, Axes, Axes]:
     return ids, table, result
 
 
+def _all_inside(indices: Tensor, size: int) -> bool:
+    """Whether no index is out of range, where they are real values on the CPU; else it is not known, and True."""
+    if type(indices) is not Tensor or indices.device.type != "cpu" or not indices.numel():
+        return True
+    least, most = indices.aminmax()
+    return least.item() >= 0 and most.item() < size
+
+
+def _out_of(indices: Tensor, size: int, axes: LookupAxes) -> str:
+    indices = peeled(indices)
+    bad = indices[(indices < 0) | (indices >= size)].unique().tolist()
+    shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
+    return f"indices out of range for axis {axes.looked_up!r} of size {size}: {shown}"
+
+
+_FIX_RANGE = "indices are global, and count from 0; those of ft.select may count from the end, from -1"
 _FIX = {
     "take": "write as in 'batch seq, vocab embed -> batch seq embed'",
     "select": "write as in 'batch seq embed -> batch embed': the axis that goes is the one that is looked up",

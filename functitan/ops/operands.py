@@ -19,7 +19,10 @@ from functitan.sharding.layout import whole
 
 
 class Operand(NamedTuple):
-    """One tensor of a call: its name in errors, itself, its axes, and what it holds: "any", "float", "int", "int64"."""
+    """One tensor of a call: its name in errors, itself, its axes, and what it holds.
+
+    That is "any", "number" (no bool), "float", "int" or "int64".
+    """
 
     name: str
     x: Any
@@ -47,7 +50,7 @@ def check_operands(what: str, *operands: Operand, alike: bool = False) -> None:
     if current().mesh is None:
         refuse_shards(what, [operand[:2] for operand in operands])
     found = [problem for operand in operands for problem in _alone(operand, len(operands) > 1)]
-    tensors = [operand for operand in operands if isinstance(operand.x, Tensor)]
+    tensors = [operand for operand in operands if isinstance(operand.x, Tensor) and not operand.x.is_nested]
     same = [operand for operand in tensors if operand.kind not in _INTEGERS]
     for of in (_dtype, _device) if alike else ():
         if len({_dtype_used(operand.x) if of is _dtype else of(operand.x) for operand in same}) > 1:
@@ -67,7 +70,13 @@ def _fits(operands: tuple[Operand, ...], alike: bool) -> bool:
     sizes: dict[str, int] = {}
     kinds = set()
     for _, x, axes, kind in operands:
-        if not isinstance(x, Tensor) or x.dim() != len(axes) or not _holds(x, kind):
+        if (
+            not isinstance(x, Tensor)
+            or x.is_nested
+            or x.layout != torch.strided
+            or x.dim() != len(axes)
+            or not _holds(x, kind)
+        ):
             return False
         if not on_mesh and MARK in x.__dict__:
             return False
@@ -83,6 +92,9 @@ def _alone(operand: Operand, several: bool) -> list[tuple[str, str]]:
     name, x, axes, kind = operand
     if not isinstance(x, Tensor):
         return [(f"{name}: a value of type {type(x).__name__!r} is no tensor", _FIX_TENSOR)]
+    if x.is_nested or x.layout != torch.strided:
+        kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+        return [(f"{name}: the tensor is {kind}, and named ops take dense ones", _FIX_DENSE)]
     found = []
     if x.dim() != len(axes):
         text = f"pattern {write_axes(axes)!r} names {len(axes)} axes, the tensor has {x.dim()}: {tuple(x.shape)}"
@@ -93,7 +105,9 @@ def _alone(operand: Operand, several: bool) -> list[tuple[str, str]]:
 
 
 def _holds(x: Tensor, kind: str) -> bool:
-    return kind == "any" or (x.is_floating_point() if kind == "float" else x.dtype in _INTEGERS[kind])
+    if kind in ("any", "number"):
+        return kind == "any" or x.dtype != torch.bool
+    return x.is_floating_point() if kind == "float" else x.dtype in _INTEGERS[kind]
 
 
 def _sizes_differ(operands: tuple[Operand, ...]) -> list[tuple[str, str]]:
@@ -131,9 +145,11 @@ def _device(x: Tensor) -> str:
     return str(x.device)
 
 
+_FIX_DENSE = "give x.to_dense(), or a padded tensor"
 _FIX_TENSOR = "give tensors: torch.as_tensor(x)"
 _FIX_RANK = "name each dimension of the tensor once, in order"
 _KINDS = {  # what is wanted, and the fix
+    "number": ("numbers", "cast by x.float()"),
     "float": ("floating-point numbers", "cast by x.float()"),
     "int": ("integers", "cast by x.long()"),
     "int64": ("64-bit integers", "cast by x.long()"),

@@ -15,8 +15,9 @@ from einops import EinopsError
 from einops.parsing import ParsedExpression
 from torch import Tensor
 
-from functitan.axes import Axes, parse_axes, write_axes
+from functitan.axes import Axes, check_pattern, parse_axes, write_axes
 from functitan.errors import LayoutError, PatternError, nearest, report
+from functitan.ops.operands import Operand, check_operands
 from functitan.ops.types import layout_here
 from functitan.sharding.context import current
 from functitan.sharding.cut import refuse_shards
@@ -43,6 +44,8 @@ def rearrange(pattern: str, x: Tensor, **sizes: int) -> Tensor:
              [2, 5]]])
     """
     names, env = _parse(pattern).names, current()
+    if not isinstance(x, Tensor):
+        check_operands(f"rearrange({pattern!r})", Operand("x", x, names))
     if env.mesh is None:
         refuse_shards(f"rearrange({pattern!r})", [("x", x)])
     layout = None if env.mesh is None else layout_here(names, x, env)
@@ -73,10 +76,10 @@ class _Recipe(NamedTuple):
 
 @cache
 def _parse(pattern: str) -> _Sides:
-    what, sides = f"rearrange({pattern!r})", pattern.split("->") if isinstance(pattern, str) else []
+    check_pattern(pattern, "ft.rearrange")
+    what, sides = f"rearrange({pattern!r})", pattern.split("->")
     if len(sides) != 2:
-        problem = f"a pattern is a string with one '->', this is {pattern!r}"
-        raise PatternError(report("rearrange", [problem], _FIX))
+        raise PatternError(report(what, [f"a pattern has one '->', this has {len(sides) - 1}"], _FIX))
     problems, found = [], []
     for side in map(str.strip, sides):
         try:

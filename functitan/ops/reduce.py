@@ -44,6 +44,10 @@ def reduce(pattern: str, x: Tensor, op: str = "sum") -> Tensor:
             report(f"reduce({pattern!r})", [f"unknown op {op!r}{nearest(str(op), _OPS)}"], f"use one of {list(_OPS)}")
         )
     check_operands(f"reduce({pattern!r}, op={op!r})", Operand("x", x, axes, "any" if op == "sum" else "float"))
+    if op == "max" and isinstance(x, Tensor) and not x.numel():
+        gone = [axis for axis, n in zip(axes, x.shape, strict=True) if n == 0]
+        problem = f"axis {gone[0]!r} is empty, and nothing has no maximum"
+        raise PatternError(report(f"reduce({pattern!r}, op='max')", [problem], "give every axis at least one element"))
     env, label = current(), Label("reduce", pattern)
     x = x if op == "max" else widened(x, env.precision)
     if op == "sum":

@@ -28,7 +28,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout as set_pg_timeout
 
 from functitan.errors import CollectiveError, MeshError, report
 from functitan.sharding.agreement import agreement
-from functitan.sharding.mesh import Mesh, MeshSizes, Transport, Wait, infer_sizes, mesh_sizes
+from functitan.sharding.mesh import Mesh, MeshSizes, Transport, Wait, infer_sizes, is_seconds, mesh_sizes
 from functitan.sharding.point_to_point import Line, point_to_point
 from functitan.sharding.program import FIX, describe
 from functitan.sharding.rules import Dims
@@ -222,7 +222,7 @@ def _leave(device_mesh: weakref.ref[DeviceMesh], destroy: bool) -> None:
 
 
 def _check_device(device_type: str, timeout: float) -> None:
-    problems = [] if timeout > 0 else [f"timeout is {timeout}: it must be more than 0 seconds"]
+    problems = [] if is_seconds(timeout) else [f"timeout is {timeout!r}: it must be more than 0 seconds"]
     try:
         torch.device(device_type)
     except (RuntimeError, TypeError):

@@ -136,6 +136,11 @@ def is_size(n: object) -> bool:
     return isinstance(n, int) and not isinstance(n, bool) and n >= 1
 
 
+def is_seconds(n: object) -> bool:
+    """True for a number of more than 0."""
+    return isinstance(n, int | float) and not isinstance(n, bool) and n > 0
+
+
 def infer_sizes(sizes: Mapping[str, int], world: int) -> MeshSizes:
     """The sizes of a mesh over `world` processes, where one size may be -1: what is left.
 

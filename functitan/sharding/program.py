@@ -10,19 +10,15 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from functitan.errors import report
+from functitan.lines import is_users
 from functitan.sharding.rules import Dims
-
-_LIBRARIES = tuple(
-    os.path.join(path, "") for path in (os.path.dirname(os.path.dirname(__file__)), os.path.dirname(torch.__file__))
-)
 
 
 def describe(kind: str, dims: Dims, shape: tuple[int, ...], dtype: Any, note: tuple[str, ...]) -> str:
     """One collective of a local tensor, and the op and pattern that ask for it.
 
+    >>> import torch
     >>> describe("all_gather", ("dp", "fsdp"), (2, 3), torch.float32, ("unshard", "batch embed"))
     "all_gather over dp·fsdp of float32[2, 3] for 'unshard' 'batch embed'"
     """
@@ -35,7 +31,7 @@ def user_line() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
-        if not file.startswith(_LIBRARIES):  # two parts of the path: machines may keep a program in different places
+        if is_users(file):  # two parts of the path: machines may keep a program in different places
             return f"{os.sep.join(file.split(os.sep)[-2:])}:{frame.f_lineno}"
         frame = frame.f_back
     return ""

@@ -19,7 +19,7 @@ import torch
 
 from functitan.errors import CaptureError, CollectiveError, MeshError, check_function, report
 from functitan.sharding.context import current, using, within
-from functitan.sharding.mesh import Mesh, MeshSizes, mesh_sizes
+from functitan.sharding.mesh import Mesh, MeshSizes, is_seconds, mesh_sizes
 from functitan.sharding.virtual import FIX_CAPTURE, Table, transport_of
 
 TIMEOUT_S = 120.0
@@ -40,8 +40,8 @@ def simulate(*, timeout: float = TIMEOUT_S, **sizes: int) -> Callable[[Callable[
     """
     known = mesh_sizes(sizes or {"dp": 1})
 
-    if not timeout > 0:
-        raise MeshError(report("ft.simulate", [f"timeout is {timeout}"], "give seconds, more than 0"))
+    if not is_seconds(timeout):
+        raise MeshError(report("ft.simulate", [f"timeout is {timeout!r}"], "give seconds, more than 0"))
 
     def wrap(fn: Callable[..., Any]) -> Callable[..., list[Any]]:
         check_function(fn, "ft.simulate(...)")
