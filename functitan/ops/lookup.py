@@ -176,11 +176,12 @@ def _lookup(
         try:
             with env.span(*label):
                 return take_rows(axes, indices, x).to(dtype)
-        except IndexError:  # torch's own names neither op nor axis
+        except (IndexError, RuntimeError):  # torch's own names neither op nor axis
             size = x.shape[axes.table.index(axes.looked_up)]
-            raise PatternError(
-                report(f"{label.op}({label.pattern!r})", [_out_of(indices, size, axes)], _FIX_RANGE)
-            ) from None
+            if _all_inside(peeled(indices), size):
+                raise
+            problem = _out_of(indices, size, axes)
+            raise PatternError(report(f"{label.op}({label.pattern!r})", [problem], _FIX_RANGE)) from None
     if kind == "put":  # each position of the indices' hidden axes has a table of its own
         x = lift(types.result, x, hidden_axes(indices, env), env, label)
     source, target = (types.table, types.result) if kind == "take" else (types.result, types.table)

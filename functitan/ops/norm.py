@@ -123,7 +123,7 @@ def _rows(axes: Axes, own: str) -> str:
 def _checked(op: str, pattern: str, x: Tensor, eps: float, **others: Tensor | None) -> tuple[Axes, str]:
     """The axes of x, and the one of what scales or shifts it; raises `PatternError`."""
     what, (axes, own) = f"{op}({pattern!r})", _parse(op, pattern)
-    named = [Operand(name, y, own, "float") for name, y in others.items() if y is not None]
+    named = [Operand(name, y, own, "float") for name, y in others.items() if y is not None or name != "bias"]
     check_operands(what, Operand("x", x, axes, "float"), *named)
     if not eps >= 0:
         raise PatternError(report(what, [f"eps is {eps}"], "give a number of at least 0"))

@@ -52,9 +52,10 @@ def make_mesh(
     """
     running, started = dist.is_initialized(), {"RANK", "WORLD_SIZE"} <= set(os.environ)
     world = dist.get_world_size() if running else int(os.environ["WORLD_SIZE"]) if started else 1
-    checked, limit = infer_sizes(sizes or {"dp": -1}, world), timedelta(seconds=timeout)
+    checked = infer_sizes(sizes or {"dp": -1}, world)
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(device_type, timeout)
+    limit = timedelta(seconds=timeout)
     backend = backend or ("nccl" if device_type == "cuda" else "gloo")
     _check_backend(backend)
     if not running:

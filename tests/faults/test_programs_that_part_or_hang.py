@@ -189,13 +189,22 @@ CELLS = (
     "    rank = ft.as_mesh(ft.make_mesh(dp=2)).rank\n"
     "    return rank + (scale * x + random.key(7)[1]).item()",
     "print(ft.launch(work, 1.0, nprocs=2))",
+    "def product(x):\n    return ft.einsum('batch embed, embed mlp -> batch mlp', x, x)",
+    "product(torch.ones(2, 3))",
 )
 
 
-def test_a_function_of_a_notebook_is_launched(monkeypatch, tmp_path):
+def test_a_notebook_launches_its_functions_and_shows_its_own_lines_in_errors(monkeypatch, tmp_path):
     """In a real Jupyter kernel. The function uses a module, a name from a module, and a tensor of the notebook."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.getcwd(), *sys.path]))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in CELLS])
-    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
-    assert notebook.cells[-1].outputs[0].text.strip() == "[9.0, 10.0]"
+    NotebookClient(notebook, timeout=120, kernel_name="python3", allow_errors=True).execute()
+    *_, launched, _, failed = notebook.cells
+    assert launched.outputs[0].text.strip() == "[9.0, 10.0]"
+    lines = failed.outputs[0].traceback
+    shown = [line for line in "\n".join(lines).splitlines() if line.strip()]
+    calls = [line.strip() for line in shown if line.startswith("    ") and "^" not in line]
+    assert calls == ["product(torch.ones(2, 3))", "return ft.einsum('batch embed, embed mlp -> batch mlp', x, x)"]
+    assert "axis 'embed' is 2 in operand 1 'embed mlp', but 3 in operand 0 'batch embed'" in lines[-1]
+    assert not any(os.path.join("functitan", "") in line for line in shown if line.startswith("  File"))
