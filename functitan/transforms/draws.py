@@ -6,7 +6,6 @@ as they were. Where states cannot be put back, in a capture and on threads that 
 
 from __future__ import annotations
 
-import pickle
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -153,9 +152,16 @@ def _of_numpy(generator: Any) -> Source:
     bits = generator.bit_generator if isinstance(generator, np.random.Generator) else generator._bit_generator
 
     def read() -> tuple[Any, Any]:
-        return pickle.dumps(bits.state), bits.state  # arrays in it do not compare to one bool
+        return _comparable(bits.state), bits.state
 
     return Source("numpy's random numbers", read, lambda state: setattr(bits, "state", state))
+
+
+def _comparable(state: Any) -> Any:
+    """A state with bytes in place of arrays, which do not compare to one bool."""
+    if isinstance(state, dict):
+        return {name: _comparable(value) for name, value in state.items()}
+    return state.tobytes() if isinstance(state, np.ndarray) else state
 
 
 def _own(generator: Any) -> Source:
