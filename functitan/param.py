@@ -16,7 +16,7 @@ from torch import Tensor
 
 from functitan import threefry
 from functitan.axes import parse_axes
-from functitan.errors import PatternError, report
+from functitan.errors import PatternError, nearest, report
 
 Block = tuple[slice, ...] | None
 Initializer = Callable[[Tensor, "Param", Block], Tensor]  # (key, declaration, block of the global value) -> the block
@@ -58,6 +58,12 @@ class Param:
             problems.append(f"the shape is {self.shape!r}, not a tuple of sizes")
         if not callable(self.init):
             problems.append(f"init is {self.init!r}, not a function such as ft.param.normal(0.02)")
+        if isinstance(self.init, _Begins) and self.init.make is _fan_in:
+            problems += [
+                f"init is fan_in of {axis!r}{nearest(str(axis), names)}, which the pattern does not name"
+                for axis in self.init.given
+                if axis not in names
+            ]
         if not isinstance(self.dtype, torch.dtype):
             problems.append(f"dtype is {self.dtype!r}, not a dtype of torch")
         if problems:

@@ -89,6 +89,9 @@ class TrainState:
 
 
 def _check_tables(declarations: tree.Tree) -> None:
+    if not tree.leaves(declarations):
+        fix = "declare what is trained, as in {'w': ft.Param('embed mlp', (256, 768))}"
+        raise FunctitanError(report("ft.TrainState: the declarations", ["the tree has no leaves"], fix))
     own = [
         f"{path} has rules of its own"
         for path, leaf in zip(tree.paths(declarations), tree.leaves(declarations), strict=True)

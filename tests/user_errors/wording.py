@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import functitan as ft
-from user_errors.given import IDS, W, X
+from user_errors.given import IDS, KEY, W, X
 
 SPARSE, BOOLS = X.to_sparse(), X > 0
 EMPTY = torch.ones(2, 0)
@@ -122,6 +122,22 @@ by ft.reduce first""",
         generate:
           - prompt: dtype float32, where integers are wanted
           Fix: cast by x.long()""",
+    ),
+    "an initializer by an axis that is not there": (
+        lambda: ft.Param("embed mlp", (4, 3), init=ft.param.fan_in("embd")),
+        ft.PatternError,
+        """\
+        Param('embed mlp', (4, 3)):
+          - init is fan_in of 'embd' (did you mean 'embed'?), which the pattern does not name
+          Fix: write as in ft.Param('embed mlp', (256, 768)): one size for each name, in order""",
+    ),
+    "a state of nothing": (
+        lambda: ft.TrainState.create({}, ft.optim.adamw(1e-3), KEY),
+        ft.FunctitanError,
+        """\
+        ft.TrainState: the declarations:
+          - the tree has no leaves
+          Fix: declare what is trained, as in {'w': ft.Param('embed mlp', (256, 768))}""",
     ),
     "no new tokens": (
         lambda: ft.models.generate.generate({}, IDS[None], None, max_new_tokens=0, temperature=-1),
