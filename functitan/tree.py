@@ -66,12 +66,18 @@ def mismatches(first: Tree, second: Tree, name: str, other: str) -> list[str]:
 
 
 def paths(tree: Tree) -> list[str]:
-    """The path of each leaf, in the order of `leaves`.
+    """The path of each leaf, in the order of `leaves`: its keys, joined by dots.
+
+    Raises `FunctitanError` where two leaves would have one path, as under the keys "a.b" and "a", "b", or 0 and "0".
 
     >>> paths({"layers": [{"q": 1}, {"q": 2}]})
     ['layers.0.q', 'layers.1.q']
     """
-    return [".".join(str(key) for key in path) for path in optree.tree_paths(tree)]
+    keys = optree.tree_paths(tree)
+    found = [".".join(str(key) for key in path) for path in keys]
+    if len(set(found)) < len(found):
+        raise FunctitanError(report("a tree's keys", _shared(found, keys), _FIX_SHARED))
+    return found
 
 
 def map_with_path(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
@@ -123,8 +129,17 @@ def _prefix_problems(prefix: Tree, tree: Tree) -> list[str]:
     return _short(lines) or ["its containers are not those of the tree: lists, tuples and dicts must stand alike"]
 
 
+def _shared(paths: list[str], keys: list[tuple[Any, ...]]) -> list[str]:
+    """The paths that several leaves have, with the keys of each."""
+    own: dict[str, list[str]] = {}
+    for path, each in zip(paths, keys, strict=True):
+        own.setdefault(path, []).append(str(each))
+    return [f"the leaves of {' and '.join(each)} have one path, {path!r}" for path, each in own.items() if each[1:]]
+
+
 def _short(lines: list[str], most: int = 8) -> list[str]:
     return lines if len(lines) <= most else [*lines[:most], f"and {len(lines) - most} more"]
 
 
+_FIX_SHARED = "rename a key: a leaf is known by its path, to random keys, checkpoints, masks and errors"
 _FIX_PREFIX = "give a tree of the same structure, or one leaf for a whole subtree of it"

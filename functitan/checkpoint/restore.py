@@ -25,7 +25,8 @@ from functitan.checkpoint.files import (
     clear_errors,
     unsealed,
 )
-from functitan.checkpoint.leaves import Block, Leaf, device_of, leaves_of
+from functitan.checkpoint.leaves import Block, Leaf, described, device_of, leaves_of, mesh_of, states_of, whose
+from functitan.checkpoint.match import FIX_OTHER, check_same
 from functitan.checkpoint.save import together
 from functitan.errors import CheckpointError, report
 from functitan.reading import name_problem, path_text
@@ -54,38 +55,50 @@ def restore(
     `rules` are those to restore under, as in `save`; a `TrainState` comes back with them. `device` is by default that
     of the first tensor in `like`. With `partial`, the checkpoint may have leaves that `like` does not have.
 
+    What was saved as `per_rank` comes back by the same pattern, to the rank that had it, of as many ranks. `like=None`
+    gives all that the checkpoint has, whole, by name: `{"train.step": ..., "cursor[rank 0 of 2]": ...}`. So come back
+    lists that have grown, and what ranks had where their number is another.
+
     Raises `CheckpointError` on every rank: if there is no whole checkpoint, if a file is damaged, and if leaves differ
-    in path, shape or dtype; it lists each.
+    in path, shape or dtype, or in whose they are; it lists each.
 
     >>> import tempfile
     >>> from functitan.checkpoint.save import save
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save(f"{folder}/first", {"w": torch.ones(2), "step": 7})
     ...     restore(f"{folder}/first", {"w": torch.empty(2), "step": 0})
+    ...     restore(f"{folder}/first", None)
     {'w': tensor([1., 1.]), 'step': 7}
+    {'step': 7, 'w': tensor([1., 1.])}
     """
     what = f"ft.checkpoint.restore from {path_text('ft.checkpoint.restore', path)}"
-    leaves, known = leaves_of(what, like, patterns, mesh, rules)
-    first = next((leaf.value for leaf in leaves if isinstance(leaf.value, Tensor)), None)
-    device = ("cpu" if first is None else first.device) if device is None else device_of(what, device)
+    known = mesh_of(like, mesh)
 
-    def work() -> list[Any]:
+    def work() -> tuple[list[Leaf], list[Any], int]:
         place = files.locate(path)
+        leaves = [] if like is None else leaves_of(what, like, patterns, mesh, rules)[0]
         with clear_errors(what, _FIX_DAMAGED):
             entries, checksums = _index(what, place)
-            _check_same(what, leaves, entries, partial or _has_stages(known))
-            left.append(len(entries))
-            return _read(what, place, leaves, entries, checksums, known, torch.device(device))
+            if like is None:
+                leaves = [Leaf(name, None, entry.shape, entry.dtype, None, None) for name, entry in entries.items()]
+            else:
+                check_same(what, leaves, entries, known, partial or _has_stages(known))
+            shared = sum(whose(name) is None for name in entries)
+            return leaves, _read(what, place, leaves, entries, checksums, known, _device(what, leaves, device)), shared
 
-    left: list[int] = []  # the number of leaves in the checkpoint
-    values = together(known, f"restored {os.fspath(path)}", work)
+    leaves, values, shared = together(known, f"restored {os.fspath(path)}", work)
+    if like is None:
+        return {leaf.path: value for leaf, value in zip(leaves, values, strict=True)}
     if known is not None and _has_stages(known) and not partial:
-        _check_whole(what, leaves, left[0], known, torch.device(device))
+        _check_whole(what, leaves, shared, known, _device(what, leaves, device))
     for leaf, x in zip(leaves, values, strict=True):
-        if known is not None and isinstance(x, Tensor):
+        if known is not None and isinstance(x, Tensor) and not leaf.own:
             mark_cut(x, "ft.checkpoint.restore", leaf.layout, known.sizes)
-    placed = lambda state: replace(state, mesh=known, rules=rules or state.rules)
-    return tree.map_nodes(placed, TrainState, tree.unflatten(tree.flatten(like)[1], values))
+    structure = tree.flatten(like)[1]
+    own = [tree.leaves(state) for state in states_of(tree.unflatten(structure, [leaf.own for leaf in leaves]))]
+    alone = iter([all(each) for each in own])  # states that lie on no mesh: each rank trains its own
+    placed = lambda state: state if next(alone) else replace(state, mesh=known, rules=rules or state.rules)
+    return tree.map_nodes(placed, TrainState, tree.unflatten(structure, values))
 
 
 class _Use(NamedTuple):
@@ -147,24 +160,11 @@ def _seal(what: str, place: Place) -> tuple[dict[str, int], Checksums]:
     raise CheckpointError(report(what, [f"{CHECKSUMS} is damaged"], _FIX_DAMAGED))
 
 
-def _check_same(what: str, leaves: list[Leaf], entries: dict[str, Entry], partial: bool) -> None:
-    problems = []
-    for leaf in leaves:
-        entry = entries.get(leaf.path)
-        mine = _described(leaf.shape, leaf.dtype)
-        if entry is None:
-            problems.append(f"{leaf.path} {mine} is not in the checkpoint")
-        elif (leaf.shape, leaf.dtype) != (entry.shape, entry.dtype):
-            problems.append(f"{leaf.path} is {mine}, in the checkpoint {_described(entry.shape, entry.dtype)}")
-    if not partial:
-        known = {leaf.path for leaf in leaves}
-        problems += [
-            f"{path} {_described(entry.shape, entry.dtype)} is only in the checkpoint"
-            for path, entry in entries.items()
-            if path not in known
-        ]
-    if problems:
-        raise CheckpointError(report(what, problems, _FIX_OTHER))
+def _device(what: str, leaves: list[Leaf], device: torch.device | str | None) -> torch.device:
+    if device is not None:
+        return device_of(what, device)
+    there = (leaf.value.device for leaf in leaves if isinstance(leaf.value, Tensor) and not leaf.value.is_meta)
+    return next(there, torch.device("cpu"))
 
 
 def _has_stages(mesh: Mesh | None) -> bool:
@@ -174,11 +174,11 @@ def _has_stages(mesh: Mesh | None) -> bool:
 
 def _check_whole(what: str, leaves: list[Leaf], stored: int, mesh: Mesh, device: torch.device) -> None:
     """Raise on every rank unless the stages have all leaves of a checkpoint, each owned once."""
-    own = torch.tensor([sum(leaf.owner == mesh.place for leaf in leaves)], device=device)
+    own = torch.tensor([sum(not leaf.own and leaf.owner == mesh.place for leaf in leaves)], device=device)
     asked = int(mesh.transport.all_reduce(own, ("pp",), "sum", ("checkpoint.restore", ""))().item())
     if asked != stored:
         problem = f"the pipeline's stages have {asked} leaves, the checkpoint has {stored}"
-        raise CheckpointError(report(what, [problem], _FIX_OTHER))
+        raise CheckpointError(report(what, [problem], FIX_OTHER))
 
 
 def _read(
@@ -198,7 +198,7 @@ def _read(
         value = None
         if leaf.shape is not None:
             value = torch.empty([part.stop - part.start for part in block], dtype=leaf.dtype, device=device)
-        needed = [_use(item, value, block, len(values)) for item in entries[leaf.path].items]
+        needed = [_use(item, value, block, len(values)) for item in entries[leaf.name(mesh)].items]
         uses += [use for use in needed if use is not None]
         covered = sum(math.prod(p.stop - p.start for p in use.target) for use in needed if use is not None)
         if value is not None and covered != value.numel():
@@ -221,9 +221,8 @@ def _read(
                 continue
             try:
                 found = unpacked(data)
-                if _described_of(found) != (
-                    mine := _described(None if use.to is None else use.item.sizes, leaves[use.leaf].dtype)
-                ):
+                mine = described(None if use.to is None else use.item.sizes, leaves[use.leaf].dtype)
+                if _described_of(found) != mine:
                     raise ValueError(f"it holds {_described_of(found)}, not {mine}")
             except ValueError as error:
                 problems.append(f"{name}: {use.item.path} at byte {use.item.start}: {error}")
@@ -255,14 +254,7 @@ def _use(item: Item, to: Tensor | None, block: Block, leaf: int) -> _Use | None:
 
 
 def _described_of(value: Any) -> str:
-    return _described(tuple(value.shape), value.dtype) if isinstance(value, Tensor) else _described(None, None)
-
-
-def _described(shape: tuple[int, ...] | None, dtype: torch.dtype | None) -> str:
-    return "a scalar" if shape is None else f"{shape} {str(dtype).removeprefix('torch.')}"
+    return described(tuple(value.shape), value.dtype) if isinstance(value, Tensor) else described(None, None)
 
 
 _FIX_DAMAGED = "restore an earlier checkpoint, and remove this one"
-_FIX_OTHER = (
-    "give like= the structure that was saved: the same model, optimizer and dict around them; partial=True takes a part"
-)

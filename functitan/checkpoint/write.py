@@ -32,7 +32,7 @@ from functitan.checkpoint.files import (
     write,
     writing,
 )
-from functitan.checkpoint.leaves import Leaf
+from functitan.checkpoint.leaves import Leaf, world_of
 from functitan.errors import CheckpointError, PeerCheckpointError, report
 from functitan.sharding.mesh import Mesh
 
@@ -45,30 +45,35 @@ class Part(NamedTuple):
     rank: int
     world: int
     blocks: list[tuple[str, tuple[int, ...] | None, Any]]
-    leaves: list[tuple[str, tuple[int, ...] | None, Any]]  # (path, global shape, dtype), those of its pipeline stages
-    speaks: bool = True  # for the ranks of its pipeline stages, whose leaves are the same
+    leaves: list[tuple[str, tuple[int, ...] | None, Any]]  # (name, global shape, dtype), those that it tells of
 
 
 def part_of(leaves: list[Leaf], mesh: Mesh | None) -> Part:
     """The blocks of this rank that no other rank writes: of equal shards, each leaf's have a writer in turn."""
-    rank, world = (mesh.rank, math.prod(mesh.sizes.sizes)) if mesh is not None else (0, 1)
     stage = None if mesh is None else mesh.without(("pp",))
     blocks = []
     for number, leaf in enumerate(leaves):
-        if (mesh is not None and mesh.place != leaf.owner) or not _writes(leaf, stage, number):
+        elsewhere = (mesh is not None and mesh.place != leaf.owner) or not _writes(leaf, stage, number)
+        if elsewhere and not leaf.own:
             continue
         if leaf.shape is None:
-            blocks.append((leaf.path, None, leaf.value))
+            blocks.append((leaf.name(mesh), None, leaf.value))
         else:
-            blocks.append((leaf.path, tuple(part.start for part in leaf.block(mesh)), leaf.value))
-    described = [(leaf.path, leaf.shape, leaf.dtype) for leaf in leaves]
-    return Part(rank, world, blocks, described, stage is None or stage.rank == 0)
+            blocks.append((leaf.name(mesh), tuple(part.start for part in leaf.block(mesh)), leaf.value))
+    speaks = stage is None or stage.rank == 0  # for the ranks of its pipeline stages, whose leaves are the same
+    told = [(leaf.name(mesh), leaf.shape, leaf.dtype) for leaf in leaves if speaks or leaf.own]
+    return Part(mesh.rank if mesh else 0, world_of(mesh), blocks, told)
 
 
-def announce(place: Place) -> None:
-    """An empty hidden directory, with the file that stands for a write that goes on: who fails removes it."""
+def announce(place: Place, marks: dict[str, bytes]) -> None:
+    """An empty hidden directory, with the file that stands for a write that goes on: who fails removes it.
+
+    `marks` are small files that stay beside the checkpoint's own.
+    """
     remove_leftovers(place)
     place.fs.makedirs(hidden(place).path, exist_ok=True)
+    for name, data in marks.items():
+        write(hidden(place), name, data)
     write(hidden(place), GOES_ON, b"", durable=False)
 
 
@@ -125,7 +130,7 @@ def _write_blocks(place: Place, part: Part) -> dict[str, Any]:
                     raise failed
                 sizes = tuple(piece.shape) if isinstance(piece, Tensor) else ()
                 items.append(Item(path, at, sizes, name, start, size - start, crc))
-    said = [(path, shape, str(dtype).removeprefix("torch.")) for path, shape, dtype in part.leaves if part.speaks]
+    said = [(path, shape, str(dtype).removeprefix("torch.")) for path, shape, dtype in part.leaves]
     return {"file": name, "size": size, "items": items, "leaves": said}
 
 
@@ -136,11 +141,15 @@ def _complete(place: Place, part: Part, timeout: float) -> None:
     for record in records:
         files[record["file"]] = record["size"]
         for path, offsets, sizes, *at in record["items"]:
-            entries[path].items.append(Item(path, offsets, sizes, *at))
+            entries.setdefault(path, Entry(None, None, [])).items.append(Item(path, offsets, sizes, *at))
             checksums.append(at)
+    problems = []
     for path, (shape, _, items) in entries.items():
-        stored = sum(math.prod(item.sizes) for item in items)
-        assert stored == (1 if shape is None else math.prod(shape)), f"{path}: ranks wrote {stored} of {shape}"
+        stored, size = sum(math.prod(item.sizes) for item in items), 1 if shape is None else math.prod(shape)
+        if stored != size:
+            problems.append(f"{path}: the ranks wrote {stored} of its {size} numbers")
+    if problems:
+        raise CheckpointError(report(f"writing the checkpoint {place.name}", problems, _FIX_LEAVES))
     metadata = metadata_of(entries)
     write(hidden(place), METADATA, metadata)
     files[METADATA] = len(metadata)
@@ -163,7 +172,7 @@ def _entries(place: Place, records: list[Any]) -> dict[str, Entry]:
                 other = entries[path]
                 problems.append(f"{path} is {other.shape} {other.dtype} in one stage, and {mine.shape} {mine.dtype}")
     if problems:
-        raise CheckpointError(report(f"writing the checkpoint {place.name}", problems, "declare a shared leaf once"))
+        raise CheckpointError(report(f"writing the checkpoint {place.name}", problems, _FIX_LEAVES))
     return entries
 
 
@@ -243,4 +252,5 @@ def _record_name(rank: int) -> str:
     return f"__{rank}.json"
 
 
+_FIX_LEAVES = "declare a shared leaf once, and save on the mesh, and by the rules and patterns, that the leaves lie under"
 _FIX_WRITE = "nothing of it is left; make room or choose another place, and save again: earlier checkpoints are whole"

@@ -23,7 +23,7 @@ from functitan.sharding.moves import Step
 from functitan.sharding.rules import Dims
 from functitan.sharding.steps import Label, run_step
 
-_CHUNK = 1 << 18  # elements that are made float64 at once: 2 MiB
+CHUNK = 1 << 18  # elements that are made float64 at once: 2 MiB
 
 
 def checked(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,8 +109,8 @@ def _differences(paths: list[str], leaves: list[Tensor], axes: list[Axes | None]
         return {}
     used = [_used(path, x, its, env) for path, x, its in zip(paths, leaves, axes, strict=True)]
     quiet, label = env._replace(ledger=None), Label("check_equal", "")
-    signs = _signs(min(_CHUNK, max(x.numel() for x in leaves)) * 2)  # a complex number is two
-    digests = torch.stack([_digest(x, signs.to(x.device)).to(leaves[0].device) for x in leaves])
+    signs = signs_of(min(CHUNK, max(x.numel() for x in leaves)) * 2)  # a complex number is two
+    digests = torch.stack([sums_of(x, signs.to(x.device)).to(leaves[0].device) for x in leaves])
     gaps = digests.new_zeros(len(dims), len(leaves))
     for row, dim in zip(gaps, dims, strict=True):
         equal = [i for i, own in enumerate(used) if dim not in own]
@@ -131,12 +131,12 @@ def _used(path: str, x: Tensor, axes: Axes | None, env: Env) -> set[str]:
     return {dim for dims in env.layout(axes).dims for dim in dims}
 
 
-def _digest(x: Tensor, signs: Tensor) -> Tensor:
+def sums_of(x: Tensor, signs: Tensor) -> Tensor:
     """Two sums with random signs, the norm, and 1 if all is finite, else (0, 0, 0, 0): `[4]`, float64."""
     x = x.detach()
     flat = (torch.view_as_real(x) if x.is_complex() else x).reshape(-1)
     sums, square = signs.new_zeros(2), signs.new_zeros(())
-    for number, chunk in enumerate(flat.split(_CHUNK)):
+    for number, chunk in enumerate(flat.split(CHUNK)):
         wide = chunk.to(torch.float64)
         a, b = signs[:, : len(wide)] @ wide
         c, s = math.cos(number), math.sin(number)  # the signs repeat: turn them, so that chunks do not cancel
@@ -146,7 +146,7 @@ def _digest(x: Tensor, signs: Tensor) -> Tensor:
     return torch.where(digest.isfinite().all(), digest, 0.0)
 
 
-def _signs(n: int) -> Tensor:
+def signs_of(n: int) -> Tensor:
     """Random signs, the same on every rank: `[2, n]`, float64."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(2, (2, n), generator=generator).to(torch.float64).mul_(2).sub_(1)
