@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -69,6 +70,7 @@ def test_what_a_killed_run_has_left_is_invisible_and_removed(tmp_path):
     (tmp_path / ".step_00000007.partial" / "__0_0.distcp").write_bytes(b"half")
     (tmp_path / "step_00000008").mkdir()  # as on a file system without renames
     (tmp_path / "step_00000008" / ".metadata").write_bytes(b"half")
+    shutil.copy(tmp_path / "step_00000001" / "manager.json", tmp_path / "step_00000008")  # what a manager writes first
     again = Manager(tmp_path, every_steps=1, background=False)
     assert again.steps() == [1] and again.restore(state_at(0))["step"] == 1
     run(again, range(2, 3))

@@ -48,7 +48,7 @@ class Difference(NamedTuple):
 
 
 def check_replicas(what: str, leaves: Sequence[Leaf], mesh: Mesh, device: torch.device) -> None:
-    """Raise `CheckpointError` on every rank unless each leaf is equal along all mesh dims that its pattern does not use.
+    """Raise `CheckpointError` on every rank unless each leaf is equal along the mesh dims that do not shard it.
 
     The list of leaves, their shapes and dtypes are compared too, in each pipeline stage; leaves of each rank's own are
     not. Numbers without a pattern are equal bit for bit, and so are whole numbers. Floating-point numbers that ranks

@@ -57,7 +57,7 @@ class Leaf(NamedTuple):
     shape: tuple[int, ...] | None
     dtype: torch.dtype | None
     layout: Layout | None
-    pattern: str | Param | PerRank | None
+    pattern: Any  # a pattern, a `Param`, `per_rank`, or `None`
 
     @property
     def own(self) -> bool:
@@ -105,9 +105,7 @@ def leaves_of(
     if known is not None and not isinstance(table, AxisRules):
         raise MeshError(report(what, [f"rules is {table!r}"], "give a table: rules=ft.AxisRules({...})"))
     bad = [
-        f"{path or 'the value'} is {kind}"
-        for path, x in zip(paths, found, strict=True)
-        if (kind := _unfit(path, x))
+        f"{path or 'the value'} is {kind}" for path, x in zip(paths, found, strict=True) if (kind := _unfit(path, x))
     ]
     if bad:
         raise FunctitanError(report(what, bad, _FIX_KINDS))

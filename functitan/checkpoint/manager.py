@@ -1,32 +1,36 @@
 """`ft.checkpoint.Manager`: when to save, what to keep, where to go on.
 
 Invariant: all ranks save at the same steps, and at most one save runs; whatever ends the process, the newest complete
-checkpoint is one that was whole.
+checkpoint is one that was whole, and the one that the run wrote last. Nothing is removed that no manager wrote.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import re
+import socket
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from uuid import uuid4
 
 import torch
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from functitan import tree
-from functitan.checkpoint.files import HIDDEN, Place, clear_errors, is_complete, locate, remove
-from functitan.checkpoint.leaves import mesh_of
+from functitan.checkpoint.compare import gathered
+from functitan.checkpoint.files import Place, locate, remove
+from functitan.checkpoint.history import Saved, found, free_name, leftovers, mark_of, removable
+from functitan.checkpoint.leaves import device_of, mesh_of, world_of
 from functitan.checkpoint.restore import restore
-from functitan.checkpoint.save import TIMEOUT_S, begin
+from functitan.checkpoint.save import TIMEOUT_S, begin, is_seconds, together
 from functitan.checkpoint.stage import Buffers, staged
 from functitan.checkpoint.termination import termination
 from functitan.checkpoint.write import Part, write_part
-from functitan.errors import FunctitanError, report
+from functitan.errors import CheckpointError, FunctitanError, report
 from functitan.sharding.mesh import Mesh, is_size
 from functitan.sharding.rules import AxisRules
 
@@ -41,6 +45,12 @@ class Manager:
     state is written. Inside `with`, SIGTERM makes `step` save and `stopping` true; `stop` is another way to tell so, as
     from `ft.checkpoint.termination()`. `patterns`, `mesh`, `rules` and `timeout` are those of `ft.checkpoint.save`.
     Every rank makes one, and calls the same methods. Its state lives as long as the run.
+
+    A run may go back, `restore(like, step=...)`, and on from there. What it saves then takes the place of the later
+    checkpoints of its first way, each once it is met or passed, or sooner by `keep_last`; the newest is the one that
+    was written last. A manager removes only what managers wrote: `ft.checkpoint.save("step_100", ...)` and other files
+    stay; an old checkpoint that cannot be removed is a warning. Two runs do not share a directory: a manager that finds
+    another's checkpoints in it, and has not restored one, raises `CheckpointError` when it is to save.
 
     >>> import tempfile, torch
     >>> folder, state = tempfile.mkdtemp(), {"w": torch.zeros(2), "step": 0}
@@ -72,10 +82,12 @@ class Manager:
     ) -> None:
         sizes = {"every_steps": every_steps, "keep_last": keep_last, "keep_every": keep_every}
         problems = [f"{name} is {n!r}" for name, n in sizes.items() if n is not None and not is_size(n)]
-        if every_seconds is not None and not every_seconds > 0:
-            problems.append(f"every_seconds is {every_seconds!r}")
-        if problems:
-            raise FunctitanError(report("ft.checkpoint.Manager", problems, "give a number of at least 1, or None"))
+        fixes = ["give a number of at least 1, or None"] if problems else []
+        seconds = {} if every_seconds is None else {"every_seconds": every_seconds}
+        late = [f"{name} is {n!r}" for name, n in {**seconds, "timeout": timeout}.items() if not is_seconds(n)]
+        fixes += ["give seconds, more than 0"] if late else []
+        if problems + late:
+            raise FunctitanError(report("ft.checkpoint.Manager", problems + late, "; ".join(fixes)))
         self.stopping = False
         self._place = locate(directory)
         self._every = every_steps, every_seconds
@@ -84,6 +96,8 @@ class Manager:
         self._layout: dict[str, Any] = {"patterns": patterns, "mesh": mesh, "rules": rules}
         self._saved_at = time.monotonic()
         self._last: int | None = None  # the step of the last save
+        self._session, self._begun = uuid4().hex, False
+        self._known: set[Saved] | None = None  # what was there when the run last restored, or before its first save
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._buffers: Buffers = {}
@@ -103,19 +117,23 @@ class Manager:
 
     def steps(self) -> list[int]:
         """The steps of the complete checkpoints, ascending."""
-        self._place.fs.invalidate_cache()
-        if not self._place.fs.exists(self._place.path):
-            return []
-        names = [os.path.basename(path.rstrip("/")) for path in self._place.fs.ls(self._place.path, detail=False)]
-        known = [int(match[1]) for name in names if (match := re.fullmatch(r"step_(\d+)", name))]
-        return sorted(step for step in known if is_complete(self._at(step)))
+        return sorted({saved.step for saved in found(self._place)})
 
     def restore(self, like: tree.Tree, step: int | None = None, **options: Any) -> tree.Tree | None:
-        """The newest complete checkpoint, or that of `step`, as by `ft.checkpoint.restore`; `None` if there is none."""
+        """The complete checkpoint that was written last, or that of `step`, as by `ft.checkpoint.restore`.
+
+        `None` if there is none. The run goes on from it: what it saves next is newer than all that is there.
+        """
+        if step is not None:
+            _check_step("restore", step)
         self.wait()
-        if step is None:
-            step = max(self.steps(), default=None)
-        return None if step is None else restore(self._at(step).name, like, **self._layout | options)
+        there = found(self._place)
+        self._known, self._last = set(there), None
+        names = [saved.name for saved in there if step in (None, saved.step)]
+        if step is None and not names:
+            return None
+        name = names[-1] if names else f"step_{step:08d}"
+        return restore(self._place.child(name).name, like, **self._layout | options)
 
     def step(self, step: int, state: tree.Tree) -> dict[str, float]:
         """Save, if it is time, the state after `step` steps. Metrics: "checkpoint_wait", the seconds that it waited for
@@ -123,7 +141,10 @@ class Manager:
 
         An error of an earlier save in the background is raised here, when the next begins, or by `wait`.
         """
+        _check_step("step", step)
         start, waited = time.perf_counter(), 0.0
+        if not self._begun:
+            self._begin(state)
         self.stopping, due = self._decided(state)
         steps = self._every[0]
         if due or self.stopping or (steps is not None and step % steps == 0):
@@ -137,10 +158,12 @@ class Manager:
 
     def save(self, step: int, state: tree.Tree) -> None:
         """Save now; in the background, if it is the manager's way."""
+        _check_step("save", step)
         self.wait()
-        if self._last is None and _rank(self._mesh(state)) == 0:
-            self._sweep()
-        place, part = begin(self._at(step).name, state, **self._layout)
+        if not self._begun:
+            self._begin(state)
+        saved = self._next(step, state)
+        place, part = begin(self._place.child(saved.name).name, state, **self._layout, marks=mark_of(saved))
         self._last, self._saved_at = step, time.monotonic()
         if not self._background:
             self._write(place, part)
@@ -162,10 +185,11 @@ class Manager:
     def _write(self, place: Place, part: Part) -> None:
         try:
             write_part(place, part, self._timeout)
-            if part.rank == 0:
-                self._prune()
         except BaseException as error:
             self._error = error
+        else:
+            if part.rank == 0:
+                self._prune()
 
     def _decided(self, state: tree.Tree) -> tuple[bool, bool]:
         """Whether to stop, and whether the time for a save is over: on every rank, if on one."""
@@ -177,37 +201,85 @@ class Manager:
         dims = () if mesh is None else tuple(dim for dim in mesh.sizes.dims if mesh.sizes.size(dim) > 1)
         if mesh is None or not dims:
             return flags[0], flags[1]
-        device = next((x.device for x in tree.leaves(state) if isinstance(x, Tensor)), None)
-        asked = torch.tensor(flags, dtype=torch.int32, device=device)
+        asked = torch.tensor(flags, dtype=torch.int32, device=device_of(tree.leaves(state)))
         stop, due = mesh.transport.all_reduce(asked, dims, "max", ("checkpoint.Manager", ""))().tolist()
         return bool(stop), bool(due)
 
     def _mesh(self, state: tree.Tree) -> Mesh | None:
         return mesh_of(state, self._layout["mesh"])
 
+    def _begin(self, state: tree.Tree) -> None:
+        """Before the first step: see that the directory is this run's, and remove what was never whole."""
+
+        def work() -> None:
+            if self._known is None:
+                there = found(self._place)
+                if own := [saved for saved in there if saved.own]:
+                    steps = f"step {own[0].step}" if len(own) == 1 else f"{len(own)} steps up to {own[-1].step}"
+                    problem = f"there are checkpoints of another run: {steps}, the last by {own[-1].by}"
+                    raise CheckpointError(report(self._text, [problem], _FIX_OTHER_RUN))
+                self._known = set(there)
+            with self._warning():
+                for name in leftovers(self._place):
+                    self._place.fs.rm(self._place.child(name).path, recursive=True)
+
+        mesh = self._mesh(state)
+        together(mesh, f"begins to save into {self._place.name}", work if _is_first(mesh) else lambda: None)
+        self._begun = True
+
+    def _next(self, step: int, state: tree.Tree) -> Saved:
+        """What the next checkpoint is called, and its place in order: as rank 0 finds it, on every rank."""
+
+        def work() -> str:
+            there, known = found(self._place), self._known or set()
+            others = [saved for saved in there if saved.own and saved.session != self._session and saved not in known]
+            if others:
+                problems = [f"{saved.name} was saved meanwhile by {saved.by}" for saved in others]
+                raise CheckpointError(report(self._text, problems, _FIX_TWO))
+            order = max((saved.order for saved in there), default=-1) + 1
+            by = f"process {os.getpid()} on {socket.gethostname()}"
+            return json.dumps([free_name(self._place, step), step, order, self._session, by])
+
+        mesh = self._mesh(state)
+        text = together(mesh, f"saves step {step} into {self._place.name}", work if _is_first(mesh) else str)
+        if mesh is not None and world_of(mesh) > 1:
+            dims = tuple(dim for dim, n in mesh.shape.items() if n > 1)
+            text = "".join(gathered(text, dims, mesh, device_of(tree.leaves(state))))
+        return Saved(*json.loads(text))
+
     def _prune(self) -> None:
-        last, every = self._keep
-        steps = self.steps()
-        with clear_errors(f"removing old checkpoints from {self._place.name}", "see that the directory can be written"):
-            for step in steps[: -last or None] if last is not None else ():
-                if every is None or step % every:
-                    remove(self._at(step))
+        gone: list[Saved] = []
+        with self._warning():
+            gone = removable(found(self._place), *self._keep)
+        for saved in gone:
+            with self._warning():
+                remove(self._place.child(saved.name))
 
-    def _sweep(self) -> None:
-        """Remove what killed runs have left."""
-        fs, root = self._place.fs, self._place.path
-        whole = {f"step_{step:08d}" for step in self.steps()}
-        with suppress(FileNotFoundError):
-            for path in fs.ls(root, detail=False):
-                name = os.path.basename(path.rstrip("/"))
-                if re.fullmatch(rf"\.step_\d+{re.escape(HIDDEN)}(\..*)?", name) or (
-                    re.fullmatch(r"step_\d+", name) and name not in whole
-                ):
-                    fs.rm(f"{root}/{name}", recursive=True)
+    @contextmanager
+    def _warning(self) -> Iterator[None]:
+        """What cannot be removed ends no run."""
+        try:
+            yield
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+            fix = "the run goes on; see that the directory can be written, or remove by hand what is old"
+            warnings.warn(report(f"removing old checkpoints from {self._place.name}", [problem], fix), stacklevel=2)
 
-    def _at(self, step: int) -> Place:
-        return self._place.child(f"step_{step:08d}")
+    @property
+    def _text(self) -> str:
+        return f"ft.checkpoint.Manager({self._place.name!r})"
 
 
-def _rank(mesh: Mesh | None) -> int:
-    return 0 if mesh is None else mesh.rank
+def _is_first(mesh: Mesh | None) -> bool:
+    return mesh is None or mesh.rank == 0
+
+
+def _check_step(method: str, step: Any) -> None:
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        text = repr(step) if isinstance(step, (int, float, str)) else f"a {type(step).__name__}"
+        fix = "give a whole number of at least 0, as int(state.step)"
+        raise FunctitanError(report(f"ft.checkpoint.Manager.{method}", [f"step is {text}"], fix))
+
+
+_FIX_OTHER_RUN = "go on from them, by manager.restore before the first step; or give another directory"
+_FIX_TWO = "two managers save into one directory: end one of the runs, or give it another directory"

@@ -40,10 +40,10 @@ def save(
     `state` is a tree of this rank's shards and of bool, int, float and str, such as {"train": a `TrainState`, "cursor":
     a `Cursor`}. `path` is a local path or an fsspec URL; ranks in several processes need a file system they share.
     `patterns` is a tree or a prefix of patterns and `Param`s (`None`: equal on every rank); `TrainState`s know their
-    own, and their mesh and rules. `ft.checkpoint.per_rank` in it says that each rank has a leaf, or a subtree, of its
-    own: the place of a data loader, a random key; as many ranks get it back. The ranks of a pipeline stage give its leaves alone, as `ft.pipeline.declarations`
-    declares them, and the checkpoint is as if there were no pipeline. `timeout` in seconds ends the wait for a rank
-    that does not write.
+    own, and their mesh and rules. `ft.checkpoint.per_rank` among them says that each rank has a leaf or a subtree of
+    its own, such as the place of a data loader: as many ranks get it back. The ranks of a pipeline stage give its
+    leaves alone, as `ft.pipeline.declarations` declares them, and the checkpoint is as if there were no pipeline.
+    `timeout` in seconds ends the wait for a rank that does not write.
 
     The directory is there once it is whole, and torch's own tools read it (`dcp_to_torch_save`): keys are the leaves'
     paths. Raises `CheckpointError` on every rank if one cannot write, if there is such a checkpoint already, or if
@@ -91,7 +91,7 @@ def begin(
     if known is not None:
         check_replicas(what, leaves, known, device_among(leaf.value for leaf in leaves))
     together(known, f"saves {place.name}", make)
-    return place, part_of(leaves, known)
+    return place, part_of(leaves, known, marks or {})
 
 
 def check_timeout(what: str, timeout: Any) -> None:

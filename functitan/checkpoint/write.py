@@ -46,9 +46,10 @@ class Part(NamedTuple):
     world: int
     blocks: list[tuple[str, tuple[int, ...] | None, Any]]
     leaves: list[tuple[str, tuple[int, ...] | None, Any]]  # (name, global shape, dtype), those that it tells of
+    marks: dict[str, bytes]  # small files that stay beside the checkpoint's own
 
 
-def part_of(leaves: list[Leaf], mesh: Mesh | None) -> Part:
+def part_of(leaves: list[Leaf], mesh: Mesh | None, marks: dict[str, bytes]) -> Part:
     """The blocks of this rank that no other rank writes: of equal shards, each leaf's have a writer in turn."""
     stage = None if mesh is None else mesh.without(("pp",))
     blocks = []
@@ -62,18 +63,18 @@ def part_of(leaves: list[Leaf], mesh: Mesh | None) -> Part:
             blocks.append((leaf.name(mesh), tuple(part.start for part in leaf.block(mesh)), leaf.value))
     speaks = stage is None or stage.rank == 0  # for the ranks of its pipeline stages, whose leaves are the same
     told = [(leaf.name(mesh), leaf.shape, leaf.dtype) for leaf in leaves if speaks or leaf.own]
-    return Part(mesh.rank if mesh else 0, world_of(mesh), blocks, told)
+    return Part(mesh.rank if mesh else 0, world_of(mesh), blocks, told, marks)
 
 
 def announce(place: Place, marks: dict[str, bytes]) -> None:
     """An empty hidden directory, with the file that stands for a write that goes on: who fails removes it.
 
-    `marks` are small files that stay beside the checkpoint's own.
+    `marks` are there from the beginning: what a killed run leaves can be told from other things.
     """
     remove_leftovers(place)
     place.fs.makedirs(hidden(place).path, exist_ok=True)
     for name, data in marks.items():
-        write(hidden(place), name, data)
+        write(hidden(place), name, data, durable=False)
     write(hidden(place), GOES_ON, b"", durable=False)
 
 
@@ -150,6 +151,8 @@ def _complete(place: Place, part: Part, timeout: float) -> None:
             problems.append(f"{path}: the ranks wrote {stored} of its {size} numbers")
     if problems:
         raise CheckpointError(report(f"writing the checkpoint {place.name}", problems, _FIX_LEAVES))
+    for name, data in part.marks.items():
+        write(hidden(place), name, data)
     metadata = metadata_of(entries)
     write(hidden(place), METADATA, metadata)
     files[METADATA] = len(metadata)
@@ -252,5 +255,7 @@ def _record_name(rank: int) -> str:
     return f"__{rank}.json"
 
 
-_FIX_LEAVES = "declare a shared leaf once, and save on the mesh, and by the rules and patterns, that the leaves lie under"
+_FIX_LEAVES = (
+    "declare a shared leaf once, and save on the mesh, and by the rules and patterns, that the leaves lie under"
+)
 _FIX_WRITE = "nothing of it is left; make room or choose another place, and save again: earlier checkpoints are whole"
