@@ -53,8 +53,8 @@ def free_name(place: Place, step: int) -> str:
     >>> free_name(locate("memory://nothing"), 120)
     'step_00000120'
     """
-    there, name, number = set(_names(place)), f"step_{step:08d}", 2
-    while name in there:
+    there, name, number = _names(place), f"step_{step:08d}", 2
+    while name in there or any(one.startswith(f".{name}{HIDDEN}") for one in there):
         name, number = f"step_{step:08d}-{number}", number + 1
     return name
 

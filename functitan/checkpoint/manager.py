@@ -24,7 +24,7 @@ from functitan import tree
 from functitan.checkpoint.compare import gathered
 from functitan.checkpoint.files import Place, locate, remove
 from functitan.checkpoint.history import Saved, found, free_name, leftovers, mark_of, removable
-from functitan.checkpoint.leaves import device_of, mesh_of, world_of
+from functitan.checkpoint.leaves import device_of, mesh_of
 from functitan.checkpoint.restore import restore
 from functitan.checkpoint.save import TIMEOUT_S, begin, is_seconds, together
 from functitan.checkpoint.stage import Buffers, staged
@@ -223,14 +223,13 @@ class Manager:
                 for name in leftovers(self._place):
                     self._place.fs.rm(self._place.child(name).path, recursive=True)
 
-        mesh = self._mesh(state)
-        together(mesh, f"begins to save into {self._place.name}", work if _is_first(mesh) else lambda: None)
+        self._alone(work, f"begins to save into {self._place.name}", state)
         self._begun = True
 
     def _next(self, step: int, state: tree.Tree) -> Saved:
         """What the next checkpoint is called, and its place in order: as rank 0 finds it, on every rank."""
 
-        def work() -> str:
+        def work() -> tuple:
             there, known = found(self._place), self._known or set()
             others = [saved for saved in there if saved.own and saved.session != self._session and saved not in known]
             if others:
@@ -238,14 +237,27 @@ class Manager:
                 raise CheckpointError(report(self._text, problems, _FIX_TWO))
             order = max((saved.order for saved in there), default=-1) + 1
             by = f"process {os.getpid()} on {socket.gethostname()}"
-            return json.dumps([free_name(self._place, step), step, order, self._session, by])
+            return free_name(self._place, step), step, order, self._session, by
 
+        return Saved(*self._alone(work, f"saves step {step} into {self._place.name}", state))
+
+    def _alone(self, work: Callable[[], Any], does: str, state: tree.Tree) -> Any:
+        """What `work()` gives rank 0, as JSON has it, or its error, on every rank."""
         mesh = self._mesh(state)
-        text = together(mesh, f"saves step {step} into {self._place.name}", work if _is_first(mesh) else str)
-        if mesh is not None and world_of(mesh) > 1:
-            dims = tuple(dim for dim, n in mesh.shape.items() if n > 1)
-            text = "".join(gathered(text, dims, mesh, device_of(tree.leaves(state))))
-        return Saved(*json.loads(text))
+        dims = () if mesh is None else tuple(dim for dim, n in mesh.shape.items() if n > 1)
+        if mesh is None or not dims:
+            return work()
+        together(mesh, does, lambda: None)
+        text = ""
+        if mesh.rank == 0:
+            try:
+                text = json.dumps([work(), None])
+            except Exception as error:
+                text = json.dumps([None, str(error)])
+        got, error = json.loads("".join(gathered(text, dims, mesh, device_of(tree.leaves(state)))))
+        if error is not None:
+            raise CheckpointError(error)
+        return got
 
     def _prune(self) -> None:
         gone: list[Saved] = []
@@ -268,10 +280,6 @@ class Manager:
     @property
     def _text(self) -> str:
         return f"ft.checkpoint.Manager({self._place.name!r})"
-
-
-def _is_first(mesh: Mesh | None) -> bool:
-    return mesh is None or mesh.rank == 0
 
 
 def _check_step(method: str, step: Any) -> None:
