@@ -52,6 +52,18 @@ def failing(mesh: Any, folder: str) -> str:
     return str(error.value)
 
 
+def own(mesh: Any, folder: str) -> tuple[str, int]:
+    """The error of a leaf that differs, and what came back of one that each process has of its own."""
+    rank, options = dist.get_rank(), dict(mesh=mesh, rules=ft.AxisRules({}))
+    with pytest.raises(CheckpointError) as error:
+        ft.checkpoint.save(f"{folder}/own", {"loader": rank, "w": torch.full((3,), 1.0 + rank)}, **options)
+    options["patterns"] = {"loader": ft.checkpoint.per_rank}
+    ft.checkpoint.save(f"{folder}/own", {"loader": {"place": 10 + rank}}, **options)
+    return str(error.value), ft.checkpoint.restore(f"{folder}/own", {"loader": {"place": 0}}, **options)["loader"][
+        "place"
+    ]
+
+
 def pair(folder: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     meshes = {"fsdp2": ft.make_mesh(fsdp=2), "tp2": ft.make_mesh(tp=2)}
@@ -69,6 +81,7 @@ def pair(folder: str) -> dict[str, Any]:
             manager.step(n, state)
     result["background"] = whole(state), manager.steps()
     result["failing"] = failing(mesh, folder)
+    result["own"] = own(mesh, folder)
     return result
 
 
@@ -115,3 +128,10 @@ def test_processes_save_in_the_background(ran):
 def test_a_damaged_file_is_an_error_in_every_process(ran):
     for result in ran[2]:
         assert "__1_0.distcp is damaged" in result["failing"]
+
+
+def test_processes_compare_before_they_save_and_keep_what_each_has(ran):
+    (text, first), (other, second) = (result["own"] for result in ran[2])
+    assert text == other and (first, second) == (10, 11)
+    for path in ("loader", "w"):
+        assert f"{path} (" in text and "differs: ranks 0 and 1, along fsdp" in text

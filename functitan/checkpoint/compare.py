@@ -20,6 +20,7 @@ from functitan.axes import write_axes
 from functitan.checkpoint.leaves import Leaf, described
 from functitan.errors import CheckpointError, report
 from functitan.param import Param
+from functitan.reading import parsed_json
 from functitan.sharding.mesh import Mesh
 from functitan.transforms.checked import CHUNK, signs_of, sums_of
 
@@ -69,19 +70,19 @@ def check_replicas(what: str, leaves: Sequence[Leaf], mesh: Mesh, device: torch.
     for dim, is_other in zip(dims, differ, strict=True):
         if is_other:
             text = json.dumps(_rows(shared, digests, dim, rounded=True))
-            ranks = [[Row(*row) for row in json.loads(each)] for each in gathered(text, (dim,), mesh, device)]
+            ranks = [[Row(*row) for row in each] for each in gathered(text, (dim,), mesh, device)]
             found += _differences(ranks, dim, mesh)
-    all_found = [json.loads(text) for text in gathered(json.dumps(found), dims, mesh, device)]
+    all_found = gathered(json.dumps(found), dims, mesh, device)
     _raise(what, [Difference(*each) for one in all_found for each in one], dims)
 
 
-def gathered(text: str, dims: tuple[str, ...], mesh: Mesh, device: torch.device) -> list[str]:
-    """The text of each rank along mesh dims, in their order."""
-    data = text.encode() or b" "
+def gathered(text: str, dims: tuple[str, ...], mesh: Mesh, device: torch.device) -> list[Any]:
+    """What each rank along mesh dims says as JSON, in their order."""
+    data = text.encode()
     longest = int(mesh.transport.all_reduce(torch.tensor(len(data), device=device), dims, "max", _NOTE)().item())
     own = torch.frombuffer(bytearray(data.ljust(longest)), dtype=torch.uint8).to(device)
     rows = mesh.transport.all_gather(own, dims, _NOTE)().cpu()
-    return [row.numpy().tobytes().decode().rstrip(" ") for row in rows]
+    return [parsed_json(row.numpy().tobytes()) for row in rows]
 
 
 def _is_equal(leaf: Leaf, dim: str) -> bool:

@@ -14,10 +14,11 @@ from typing import NamedTuple
 from functitan.checkpoint.files import CHECKSUMS, HIDDEN, Place, is_complete, read, sealed, unsealed
 
 MARK = "manager.json"
+DAMAGED = -2
 
 
 class Saved(NamedTuple):
-    """A complete checkpoint. `order` counts the saves into the directory; -1: it has no mark."""
+    """A complete checkpoint. `order` counts the saves into the directory; -1: it has no mark; -2: that is damaged."""
 
     name: str
     step: int
@@ -117,7 +118,10 @@ def _step_of(name: str) -> int | None:
 
 def _mark(place: Place) -> tuple:
     with suppress(FileNotFoundError, NotADirectoryError):
-        return tuple(unsealed(read(place, MARK)) or ())
+        match unsealed(read(place, MARK)):
+            case [int(order), str(session), str(by)] if order >= 0:
+                return order, session, by
+        return (DAMAGED,)
     return ()
 
 

@@ -22,9 +22,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from functitan import tree
 from functitan.checkpoint.compare import gathered
-from functitan.checkpoint.files import Place, locate, remove
-from functitan.checkpoint.history import Saved, found, free_name, leftovers, mark_of, removable
-from functitan.checkpoint.leaves import device_of, mesh_of
+from functitan.checkpoint.files import Place, clear_errors, locate, remove
+from functitan.checkpoint.history import DAMAGED, MARK, Saved, found, free_name, leftovers, mark_of, removable
+from functitan.checkpoint.leaves import device_among, mesh_of
 from functitan.checkpoint.restore import restore
 from functitan.checkpoint.save import TIMEOUT_S, begin, is_seconds, together
 from functitan.checkpoint.stage import Buffers, staged
@@ -129,6 +129,10 @@ class Manager:
         self.wait()
         there = found(self._place)
         self._known, self._last = set(there), None
+        damaged = [f"{saved.name}/{MARK} is damaged" for saved in there if saved.order == DAMAGED]
+        if step is None and damaged:
+            fix = f"give the step to go on from, of {self.steps()}, and remove what is damaged"
+            raise CheckpointError(report(self._text, [*damaged, "the order of writing is not known"], fix))
         names = [saved.name for saved in there if step in (None, saved.step)]
         if step is None and not names:
             return None
@@ -201,7 +205,7 @@ class Manager:
         dims = () if mesh is None else tuple(dim for dim in mesh.sizes.dims if mesh.sizes.size(dim) > 1)
         if mesh is None or not dims:
             return flags[0], flags[1]
-        asked = torch.tensor(flags, dtype=torch.int32, device=device_of(tree.leaves(state)))
+        asked = torch.tensor(flags, dtype=torch.int32, device=device_among(tree.leaves(state)))
         stop, due = mesh.transport.all_reduce(asked, dims, "max", ("checkpoint.Manager", ""))().tolist()
         return bool(stop), bool(due)
 
@@ -235,7 +239,7 @@ class Manager:
             if others:
                 problems = [f"{saved.name} was saved meanwhile by {saved.by}" for saved in others]
                 raise CheckpointError(report(self._text, problems, _FIX_TWO))
-            order = max((saved.order for saved in there), default=-1) + 1
+            order = max([0, *(saved.order + 1 for saved in there)])
             by = f"process {os.getpid()} on {socket.gethostname()}"
             return free_name(self._place, step), step, order, self._session, by
 
@@ -246,15 +250,17 @@ class Manager:
         mesh = self._mesh(state)
         dims = () if mesh is None else tuple(dim for dim, n in mesh.shape.items() if n > 1)
         if mesh is None or not dims:
-            return work()
+            with clear_errors(self._text, _FIX_ACCESS):
+                return work()
         together(mesh, does, lambda: None)
-        text = ""
+        text = "null"
         if mesh.rank == 0:
             try:
-                text = json.dumps([work(), None])
+                with clear_errors(self._text, _FIX_ACCESS):
+                    text = json.dumps([work(), None])
             except Exception as error:
                 text = json.dumps([None, str(error)])
-        got, error = json.loads("".join(gathered(text, dims, mesh, device_of(tree.leaves(state)))))
+        got, error = next(filter(None, gathered(text, dims, mesh, device_among(tree.leaves(state)))))
         if error is not None:
             raise CheckpointError(error)
         return got
@@ -290,4 +296,5 @@ def _check_step(method: str, step: Any) -> None:
 
 
 _FIX_OTHER_RUN = "go on from them, by manager.restore before the first step; or give another directory"
+_FIX_ACCESS = "choose a directory that can be read and written"
 _FIX_TWO = "two managers save into one directory: end one of the runs, or give it another directory"

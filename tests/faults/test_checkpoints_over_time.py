@@ -20,6 +20,7 @@ from torch.distributed import checkpoint as dcp
 
 import functitan as ft
 from functitan.checkpoint import Manager, history
+from functitan.checkpoint.files import sealed
 from functitan.errors import CheckpointError, FunctitanError
 
 
@@ -34,6 +35,7 @@ def manager(folder: Any, **options: Any) -> Manager:
 def run(managed: Manager, steps: range, sign: float = 1.0) -> None:
     for n in steps:
         managed.step(n, state_at(n, sign * n))
+    managed.wait()
 
 
 def newest(folder: Any) -> float:
@@ -225,6 +227,18 @@ def test_a_step_is_a_whole_number(tmp_path, step: Any):
     for call in calls if step is None else [*calls, lambda: managed.restore({}, step=step)]:
         with pytest.raises(FunctitanError, match="a whole number of at least 0"):
             call()
+
+
+def test_a_damaged_mark_is_told_where_the_order_is_asked_for(tmp_path):
+    run(manager(tmp_path), range(1, 4))
+    for damage in (b"", b"00000000\n[1]", sealed([-1, "", ""]), sealed({"order": 4})):
+        (tmp_path / "step_00000003" / "manager.json").write_bytes(damage)
+        with pytest.raises(CheckpointError, match=r"step_00000003/manager.json is damaged(.|\n)*of \[1, 2, 3\]"):
+            manager(tmp_path).restore(state_at(0))
+    again = manager(tmp_path, keep_last=1)
+    assert again.restore(state_at(0), step=3)["w"][0] == 3.0
+    run(again, range(4, 5))
+    assert again.steps() == [3, 4]  # what has no readable mark is not removed
 
 
 def test_what_is_overtaken_and_what_is_kept():

@@ -6,6 +6,7 @@ import os
 import socket
 
 import numpy
+
 import functitan as ft
 from user_errors.given import ADAM, KEY, META, P, X
 
