@@ -19,6 +19,7 @@ from functitan.errors import (
     RulesError,
     ScheduleError,
 )
+from functitan.frozen import trainable
 from functitan.module import from_module
 from functitan.ops.attention import attention
 from functitan.ops.checkpoint_name import checkpoint_name
@@ -128,6 +129,7 @@ __all__ = [
     "take",
     "testing",
     "train_step",
+    "trainable",
     "tree",
     "unshard",
     "value_and_grad",

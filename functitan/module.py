@@ -39,8 +39,9 @@ def from_module(
 
     `patterns` gives each parameter's axes, by the first glob that its path matches, as in {"*.bias": "embed", "*":
     "embed mlp"}. Then the leaves are declarations, `ft.Param`, that begin as the module's values: what
-    `ft.TrainState.create` and `ft.init` take. On a mesh each rank runs the module on its rows of the batch, the shard
-    of an axis `batch`; parameters lie as the rules say, and are gathered for the call.
+    `ft.TrainState.create` and `ft.init` take; those whose `requires_grad` is False are frozen. On a mesh each rank runs
+    the module on its rows of the batch, the shard of an axis `batch`; parameters lie as the rules say, and are gathered
+    for the call.
 
     Buffers stay as they are in the module now. Raises `FunctitanError` for a parameter without a pattern, a glob that
     matches nothing, and in the call, if the module writes to a buffer: its state would be lost.
@@ -123,7 +124,7 @@ def _axes_of(named: Mapping[str, Tensor], patterns: Mapping[str, str] | None) ->
 
 
 def _declared(axes: Axes, x: Tensor) -> Param:
-    return Param(" ".join(axes), tuple(x.shape), _BeginsAs(x), x.dtype)
+    return Param(" ".join(axes), tuple(x.shape), _BeginsAs(x), x.dtype, trainable=x.requires_grad)
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,6 +28,7 @@ class Param:
 
     `rules` is the `ft.AxisRules` table that it is stored under, where that is not the program's: `optim.stored`.
     `pp` lists the places along the mesh dim `pp` that have it, where not all of them do; the first owns it.
+    With `trainable=False` it is frozen: no gradient, optimizer state, or decay; `ft.trainable` says so of many.
 
     >>> Param("embed mlp", (256, 768))
     Param('embed mlp', (256, 768))
@@ -39,6 +40,7 @@ class Param:
     dtype: torch.dtype = torch.float32
     rules: Any = None  # tables belong to a layer above this one
     pp: tuple[int, ...] | None = None
+    trainable: bool = True
 
     @property
     def owner(self) -> int:
@@ -66,13 +68,16 @@ class Param:
             ]
         if not isinstance(self.dtype, torch.dtype):
             problems.append(f"dtype is {self.dtype!r}, not a dtype of torch")
+        if not isinstance(self.trainable, bool):
+            problems.append(f"trainable is {self.trainable!r}, not True or False")
         if problems:
             fix = "write as in ft.Param('embed mlp', (256, 768)): one size for each name, in order"
             raise PatternError(report(f"Param({self.pattern!r}, {self.shape!r})", problems, fix))
 
     def __repr__(self) -> str:
         dtype = "" if self.dtype == torch.float32 else f", dtype={self.dtype}"
-        return f"Param({self.pattern!r}, {self.shape}{dtype})"
+        frozen = "" if self.trainable else ", trainable=False"
+        return f"Param({self.pattern!r}, {self.shape}{dtype}{frozen})"
 
 
 @dataclass(frozen=True)

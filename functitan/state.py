@@ -14,8 +14,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from functitan import random, tree
 from functitan.errors import FunctitanError, report
+from functitan.frozen import is_trained, trained
 from functitan.optim import GradientTransformation
 from functitan.optim.transform import check_transformations
+from functitan.param import Param, constant
 from functitan.sharding.context import as_mesh
 from functitan.sharding.init import check_declarations, initial
 from functitan.sharding.layout import table_of
@@ -53,13 +55,14 @@ class TrainState:
     ) -> TrainState:
         """Initial parameters and optimizer state on this rank; the step folds its number into `key` for randomness.
 
-        The optimizer state is what `tx.init(declarations)` declares: a tree of `Param`.
+        The optimizer state is what `tx.init` declares of the leaves that are trained (`ft.trainable`): a tree of
+        `Param`. Raises `FunctitanError` where all are frozen.
         """
         known = as_mesh(mesh)
         check_transformations("ft.TrainState.create", {"tx": tx})
         check_declarations(declarations, key, known, rules, "ft.TrainState.create")
         _check_tables(declarations)
-        of_optimizer = tx.init(declarations)
+        of_optimizer = declared_state(tx, declarations, "ft.TrainState.create")
         check_declarations(of_optimizer, key, known, rules, "ft.TrainState.create: the optimizer state")
         of_params, of_steps = random.split(key)
         params = initial(declarations, of_params, known, rules, "ft.TrainState.create")
@@ -80,12 +83,32 @@ class TrainState:
 
         What `ft.explain` takes, and `ft.checkpoint.restore` as `like`, to make the state on this mesh.
         """
-        of_optimizer, step = tx.init(declarations), torch.zeros((), dtype=torch.int64, device=key.device)
+        of_optimizer = declared_state(tx, declarations, "ft.TrainState.declare")
+        step = torch.zeros((), dtype=torch.int64, device=key.device)
         return TrainState(declarations, of_optimizer, step, key, declarations, as_mesh(mesh), rules, of_optimizer)
 
     def declared(self) -> TrainState:
         """This state with the declaration of each leaf in its place; step and key, whole on every rank, as they are."""
         return replace(self, params=self.declarations, opt_state=self.opt_declarations)
+
+
+def declared_state(tx: GradientTransformation, declarations: tree.Tree, where: str) -> tree.Tree:
+    """The optimizer state as declarations: of the trained leaves, as if there were no others.
+
+    A rank of a pipeline may have none; what counts steps is declared there too.
+    """
+    leaves = tree.leaves(declarations)
+    if leaves and not any(is_trained(leaf) or leaf.pp is not None for leaf in leaves):
+        problem = f"none of {len(leaves)} leaves is trained"
+        raise FunctitanError(report(where, [problem], "name what is trained: ft.trainable(declarations, 'lora.*')"))
+    return of_leaves(tx, trained(declarations, declarations))
+
+
+def of_leaves(tx: GradientTransformation, declarations: tree.Tree) -> tree.Tree:
+    """`tx.init` of declarations, whose scalars are declared where there is no leaf to lie beside."""
+    declared = lambda x: Param("", (), constant(x.item()), x.dtype) if isinstance(x, Tensor) else x
+    found = tx.init(declarations)
+    return found if tree.leaves(declarations) else tree.map(declared, found)
 
 
 def _check_tables(declarations: tree.Tree) -> None:

@@ -18,18 +18,21 @@ from torch import Tensor
 
 from functitan import random, tree
 from functitan.errors import FunctitanError, check_function, report
+from functitan.frozen import trained
 from functitan.optim import ClipState, GradientTransformation, apply_updates, loss_scale
 from functitan.optim.finite import check_policy, guarded
 from functitan.optim.transform import check_transformations
+from functitan.param import Param
+from functitan.reached import Part, with_gradients_of
 from functitan.sharding.context import current, spmd, using, within
 from functitan.sharding.cut import carry_cut
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.rules import AxisRules
-from functitan.state import TrainState
-from functitan.transforms.accumulate import accumulate as over_microbatches
+from functitan.state import TrainState, declared_state
+from functitan.transforms.accumulate import accumulated
 from functitan.transforms.checked import check_step, checked
 from functitan.transforms.donate import check_donated, mark_donated
-from functitan.transforms.grad import value_and_grad as value_and_gradients
+from functitan.transforms.grad import reaching
 from functitan.transforms.loss import count_of, split_loss
 
 
@@ -80,6 +83,7 @@ def train_step(
         raise FunctitanError(report("ft.train_step", [f"check is {check!r}"], "choose True, False or 'first'"))
     check_policy(nonfinite)
     seen: tuple[WeakSet[Any], WeakSet[Any]] = WeakSet(), WeakSet()  # of meshes that had their first step, or capture
+    parts: dict[Any, Part] = {}  # of states, by the structure of the gradients
     known: list[Any] = []  # structures of optimizer states that are this optimizer's
 
     def with_gradients(scale: Tensor | None, patterns: tree.Tree) -> Callable[..., Any]:
@@ -93,37 +97,45 @@ def train_step(
 
         if accumulate is not None or gradients is not None:
             k = 1 if accumulate is None else accumulate
-            return over_microbatches(scaled, k, patterns=patterns, to_rules=gradients)
+            return accumulated(scaled, k, patterns, to_rules=gradients, zeros=False)
 
-        def mean_loss(params: tree.Tree, batch: Any, key: Tensor) -> tuple[Tensor, Any]:
-            (total, count), aux = scaled(params, batch, key)
-            counted = count_of(count, total).clamp(min=1)
-            return total / counted, (counted, aux)
+        def of_trained(params: tree.Tree, batch: Any, key: Tensor) -> Any:
+            def mean_loss(part: tree.Tree) -> tuple[Tensor, Any]:
+                (total, count), aux = scaled(tree.put_back(part, params), batch, key)
+                counted = count_of(count, total).clamp(min=1)
+                return total / counted, (counted, aux)
 
-        return value_and_gradients(mean_loss, has_aux=True)
+            return reaching(mean_loss, 0, True, lambda leaf: None)(trained(params, patterns))
+
+        return of_trained
 
     with_gradients(None, None)  # so that a bad number is named here
 
     def run(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         key = random.fold_in(state.key, state.step)
-        patterns = tree.map(lambda param: param.pattern if param.pp is None else param, state.declarations)
+        patterns = tree.map(_pattern_of, state.declarations)
         scale = loss_scale(state.opt_state)
         (loss, (count, aux)), grads = with_gradients(scale, patterns)(state.params, batch, key)
+        grads = trained(grads, patterns)  # a function that was given may have others too
+        part = with_gradients_of(tx, state, grads, parts)
+        old = tree.also_in(grads, state.params, "ft.train_step: the gradients"), part.of(state.opt_state)
         loss = loss if scale is None else loss / scale
         if current().checked:
             with using(current()._replace(rules=gradients or current().rules)):
                 check_step(loss, count, grads, patterns)
 
         def update(donate: bool) -> tuple[tree.Tree, tree.Tree]:
-            updates, opt_state = tx.update(grads, state.opt_state, state.params, patterns=patterns, donate=donate)
-            return apply_updates(state.params, updates, donate=donate), opt_state
+            params, opt_state = old
+            updates, opt_state = tx.update(grads, opt_state, params, patterns=patterns, donate=donate)
+            return apply_updates(params, updates, donate=donate), opt_state
 
-        old, policy = (state.params, state.opt_state), nonfinite if scale is None else "ignore"
+        policy = nonfinite if scale is None else "ignore"
         with using(current()._replace(phase="update")), torch.no_grad():
             new, skipped = within("update", guarded, policy, loss, grads, state.step, old, update, donate)
         metrics = {"loss": loss, "count": count, **_norms(new[1]), **({} if aux is None else {"aux": aux}), **skipped}
         metrics |= {} if scale is None else {"loss_scale": scale}
         params, opt_state = _renewed(old, new, state.step) if donate else new
+        params, opt_state = tree.put_back(params, state.params), part.put_back(opt_state, state.opt_state)
         return replace(state, params=params, opt_state=opt_state, step=state.step + 1), metrics
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
@@ -139,6 +151,11 @@ def train_step(
         return within("train_step", inner, state, batch)
 
     return step
+
+
+def _pattern_of(param: Param) -> str | Param:
+    """What a step says of a leaf: no more than its pattern, where that is all there is to say."""
+    return param.pattern if param.pp is None and param.trainable else param
 
 
 def _check_given(loss_fn: Any, value_and_grad: Any, otherwise: bool) -> None:
@@ -177,7 +194,7 @@ def _check_state(state: Any, tx: GradientTransformation, known: list[Any]) -> No
     structure = tree.flatten(state.opt_state)[1]
     if structure not in known:
         problems = tree.mismatches(
-            tx.init(state.declarations), state.opt_state, "this optimizer's state", "the state's"
+            declared_state(tx, state.declarations, "ft.train_step"), state.opt_state, "this optimizer's state", "the state's"
         )
         if problems:
             fix = "give ft.TrainState.create and ft.train_step the same optimizer"

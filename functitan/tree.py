@@ -5,7 +5,7 @@ Invariant: a leaf's identity is its path ("layers.0.attn.q"), never its flat ind
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import optree
@@ -86,6 +86,37 @@ def map_with_path(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     return map(fn, names, tree, *rest)
 
 
+def only(tree: Tree, chosen: Sequence[bool]) -> Tree:
+    """The tree with `None` in the place of each leaf that is not chosen.
+
+    >>> only({"a": 1, "b": [2]}, [False, True])
+    {'a': None, 'b': [2]}
+    """
+    values, structure = flatten(tree)
+    return unflatten(structure, [x if mine else None for x, mine in zip(values, chosen, strict=True)])
+
+
+def also_in(part: Tree, whole: Tree, what: str) -> Tree:
+    """The leaves of `whole` where `part`, its tree with `None` for some leaves, has one.
+
+    >>> also_in({"a": None, "b": [2]}, {"a": 10, "b": [20]}, "parts")
+    {'a': None, 'b': [20]}
+    """
+    try:
+        return optree.tree_map(lambda x, y: None if x is None else y, part, whole, none_is_leaf=True)
+    except ValueError:
+        raise FunctitanError(report(what, mismatches(whole, part, "the whole", "the part"), _FIX_PART)) from None
+
+
+def put_back(part: Tree, whole: Tree) -> Tree:
+    """`whole` with the leaves of `part`, its tree with `None` for some leaves, in the place of its own.
+
+    >>> put_back({"a": None, "b": [2]}, {"a": 10, "b": [20]})
+    {'a': 10, 'b': [2]}
+    """
+    return optree.tree_map(lambda x, y: y if x is None else x, part, whole, none_is_leaf=True)
+
+
 def map_nodes(fn: Callable[[Any], Tree], kind: type, tree: Tree) -> Tree:
     """`tree` with `fn` of each node of a kind in its place.
 
@@ -142,4 +173,5 @@ def _short(lines: list[str], most: int = 8) -> list[str]:
 
 
 _FIX_SHARED = "rename a key: a leaf is known by its path, to random keys, checkpoints, masks and errors"
+_FIX_PART = "give a tree of the same structure, with None for what it leaves out"
 _FIX_PREFIX = "give a tree of the same structure, or one leaf for a whole subtree of it"

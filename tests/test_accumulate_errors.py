@@ -63,7 +63,7 @@ BAD = {  # what is wrong: (the call, the kind of error, its whole text)
         ft.accumulate: parameters without a derivative:
           - name is a value of type 'str'
           - steps is int64[]
-          Fix: close over such leaves, or pass them with the batch""",
+          Fix: freeze such leaves: patterns=ft.trainable(declarations, globs of the others)""",
     ),
     "no patterns on a mesh": (
         calling(patterns=None, mesh=dict(fsdp=2)),

@@ -15,7 +15,7 @@ import pytest
 # Row i is layer i. A module imports lower layers, or its own layer where that makes no cycle.
 LAYERS = [
     ["lines", "errors", "reading", "tree"],
-    ["axes", "param", "threefry"],
+    ["axes", "param", "threefry", "frozen"],
     ["sharding.mesh", "sharding.rules", "sharding.layout", "sharding.contraction", "sharding.moves", "sharding.choice"]
     + [
         "sharding.plan",
@@ -33,7 +33,7 @@ LAYERS = [
     ["ops", "ops.*", "random", "capture", "capture.*"],
     ["nn", "nn.*", "transforms", "transforms.*"],
     ["models", "models.*", "pipeline", "pipeline.*", "optim", "optim.*"],
-    ["checkpoint", "checkpoint.*", "data", "data.*", "metrics", "breakdown", "profiling", "module", "state"],
+    ["checkpoint", "checkpoint.*", "data", "data.*", "metrics", "breakdown", "profiling", "module", "state", "reached"],
     ["train", "testing", "testing.*"],
 ]
 STRANGERS = [{"nn", "transforms"}]  # packages that do not import each other

@@ -13,6 +13,7 @@ from functitan import tree
 from functitan.errors import FunctitanError, nearest, report
 from functitan.optim.kernels import owned
 from functitan.optim.transform import GradientTransformation, Mask, State, check_transformations, chosen_by
+from functitan.sharding.context import current
 
 
 def masked(transformation: GradientTransformation, mask: Mask) -> GradientTransformation:
@@ -31,16 +32,19 @@ def masked(transformation: GradientTransformation, mask: Mask) -> GradientTransf
 
     def init(params: tree.Tree) -> State:
         mine = chosen_by(mask, params, None)
-        return transformation.init(_only(params, mine)) if any(mine) else ()
+        return transformation.init(tree.only(params, mine)) if any(mine) else ()
 
     def update(updates, state, params=None, patterns=None, donate=False):
         mine = chosen_by(mask, updates if params is None else params, patterns)
         if not any(mine):
+            if current().pipeline is not None:  # other stages may have leaves of its, and sum with this one
+                none = tree.only(updates, mine)
+                transformation.update(none, transformation.init(none), none, patterns=patterns)
             return updates, state
         leaves, structure = tree.flatten(updates)
         leaves = owned(leaves, True) if donate else leaves  # a leaf that is not ours may share memory with one that is
-        own = _only(tree.unflatten(structure, leaves), mine)
-        theirs = None if params is None else _only(params, mine)
+        own = tree.only(tree.unflatten(structure, leaves), mine)
+        theirs = None if params is None else tree.only(params, mine)
         own, state = transformation.update(own, state, theirs, patterns=patterns, donate=donate)
         moved = iter(tree.leaves(own))
         merged = [next(moved) if ours else x for x, ours in zip(leaves, mine, strict=True)]
@@ -105,8 +109,3 @@ def multi_transform(
         return updates, states
 
     return GradientTransformation(init, update)
-
-
-def _only(values: tree.Tree, mine: list[bool]) -> tree.Tree:
-    leaves, structure = tree.flatten(values)
-    return tree.unflatten(structure, [x if ours else None for x, ours in zip(leaves, mine, strict=True)])

@@ -49,7 +49,7 @@ def bfloat16_state(transformation: GradientTransformation, seed: int = 0) -> Gra
 
     def init(params: tree.Tree) -> RoundedState:
         inner = transformation.init(params)
-        if not any(map(_is_rounded, tree.leaves(inner))):
+        if tree.leaves(params) and not any(map(_is_rounded, tree.leaves(inner))):
             problem = "the transformation's state has no float32 leaf with an axis"
             raise FunctitanError(
                 report("bfloat16_state", [problem], "wrap one that has moments, of float32 parameters")

@@ -15,6 +15,7 @@ from torch import Tensor
 from functitan import tree
 from functitan.axes import Axes
 from functitan.errors import FunctitanError, LayoutError, PatternError, report
+from functitan.frozen import which_trained
 from functitan.ops.replica import merge, merge_scalars, one_replica, spread
 from functitan.sharding.context import Env, current, using
 from functitan.sharding.layout import axes_of, check_rank, divisibility, global_shape, layout_of
@@ -39,9 +40,10 @@ def accumulate(
     As `ft.value_and_grad(..., has_aux=True)` of sum / count for the whole batch, at the activation memory of one of
     `k` microbatches. Sums are added over microbatches and replicas and divided once, by the total count. The loss
     function must be a sum over examples: it sees one replica's microbatch at a time, and what it closes over lies whole
-    on each replica. It may give `((sum, count), aux)` too, where aux is a tree of scalars, which are summed likewise.
+    on each replica: what is sharded and not trained stands among the parameters, frozen. It may give `((sum, count), aux)` too, where aux is a tree of scalars, which are summed likewise.
 
-    `patterns`: those of the parameters, a tree or prefix of patterns or `Param`s; not needed without a mesh. `batch`:
+    `patterns`: those of the parameters, a tree or prefix of patterns or `Param`s; not needed without a mesh. Leaves
+    that a `Param` there freezes (`ft.trainable`) are gathered like the others, and their gradient is `None`. `batch`:
     tensors whose first axis is `batch_axis`, of one size that `k` divides on each rank; other leaves, scalars among
     them, are passed as they are. Microbatch i of replica r gets `fold_in(key, r * k + i)`: masks of dropout differ from
     those of one big batch, and are the same on every mesh where microbatches are as large. `dtype`: in which gradients
@@ -62,6 +64,20 @@ def accumulate(
     >>> mean, count, grads["w"][:, 0]
     (tensor(69.), tensor(12.), tensor([20.6667, 25.3333]))
     """
+    return accumulated(loss_fn, k, patterns, batch_axis, dtype, to_rules)
+
+
+def accumulated(
+    loss_fn: Callable[..., Any],
+    k: int,
+    patterns: tree.Tree = None,
+    batch_axis: str = "batch",
+    dtype: torch.dtype | None = None,
+    to_rules: AxisRules | None = None,
+    *,
+    zeros: bool = True,
+) -> Callable[..., tuple[tuple[Tensor, tuple[Tensor, Any]], tree.Tree]]:
+    """`accumulate`; without `zeros`, the gradient of a leaf that no microbatch reaches is `None`, and is not reduced."""
     if not isinstance(k, int) or isinstance(k, bool) or k < 1:
         raise FunctitanError(report(WHERE, [f"k is {k!r}: it must be a whole number of at least 1"], FIX_K))
 
@@ -69,34 +85,46 @@ def accumulate(
         leaves, structure = tree.flatten(params)
         env = current()
         dims = replica_dims(batch_axis, env, WHERE)
-        axes = _axes_of(params, patterns, to_rules, env)
+        mine = [i for i, is_trained in enumerate(which_trained(params, patterns, WHERE)) if is_trained]
+        axes = _axes_of(params, patterns, mine, to_rules, env)
         size = microbatch_size(batch, k, dims, env, WHERE)
         first = 0 if env.mesh is None else env.mesh.index(dims) * k
         copies = [spread(its, x, dims) for its, x in zip(axes, leaves, strict=True)]
-        sums = [torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in copies]
+        given = [copies[i] for i in mine]
+        sums = [torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in given]
+        reached: set[int] = set()  # places in `mine`
         scalars: Any = None
         for i in range(k):
             part, own = rows(batch, i * size, size), key_of(key, first + i)
-            sum_of = lambda *values: sum_and_beside(loss_fn(tree.unflatten(structure, values), part, own), WHERE)  # noqa: B023
+
+            def sum_of(*values: Tensor) -> Any:
+                full = dict(enumerate(copies)) | dict(zip(mine, values, strict=True))  # noqa: B023
+                return sum_and_beside(loss_fn(tree.unflatten(structure, full.values()), part, own), WHERE)  # noqa: B023
+
             with using(one_replica(dims)):
-                total, counted, sums = add_gradients(sum_of, copies, sums)
+                total, counted, sums = add_gradients(sum_of, given, sums, reached)
             scalars = added(scalars, total, counted)
-        del copies
+        del copies, given
         values, places = tree.flatten(scalars)
         total, count, aux = tree.unflatten(places, merge_scalars(values, dims))
         count = count.clamp(min=1)
         with using(env._replace(phase="backward" if env.phase == "forward" else env.phase)):
-            for i, (its, x) in enumerate(zip(axes, leaves, strict=True)):  # a sum is freed when it is merged
-                sums[i] = (merge(its, sums[i], dims, to_rules) / count).to(x.dtype)
-        return (total / count, (count, aux)), tree.unflatten(structure, sums)
+            grads: list[Tensor | None] = [None] * len(leaves)
+            for n, i in enumerate(mine):
+                summed = sums.pop(0)  # a sum is freed when it is merged
+                if zeros or n in reached:
+                    grads[i] = (merge(axes[i], summed, dims, to_rules) / count).to(leaves[i].dtype)
+        return (total / count, (count, aux)), tree.unflatten(structure, grads)
 
     return gradients
 
 
-def _axes_of(params: tree.Tree, patterns: tree.Tree, to_rules: AxisRules | None, env: Env) -> list[Axes]:
+def _axes_of(
+    params: tree.Tree, patterns: tree.Tree, mine: list[int], to_rules: AxisRules | None, env: Env
+) -> list[Axes]:
     """The axes of each parameter (numbered ones where it has no pattern), checked against its shape and the tables."""
     leaves, paths = tree.leaves(params), tree.paths(params)
-    bad = [f"{path} is {described(leaf)}" for path, leaf in zip(paths, leaves, strict=True) if not has_derivative(leaf)]
+    bad = [f"{paths[i]} is {described(leaves[i])}" for i in mine if not has_derivative(leaves[i])]
     if bad:
         raise FunctitanError(report(f"{WHERE}: parameters without a derivative", bad, _FIX_LEAVES))
     if env.mesh is None:
@@ -124,5 +152,5 @@ def _axes_of(params: tree.Tree, patterns: tree.Tree, to_rules: AxisRules | None,
     return axes
 
 
-_FIX_LEAVES = "close over such leaves, or pass them with the batch"
+_FIX_LEAVES = "freeze such leaves: patterns=ft.trainable(declarations, globs of the others)"
 _FIX_PATTERNS = "say how each parameter is sharded: ft.accumulate(loss_fn, k, patterns=declarations)"

@@ -7,7 +7,7 @@ because torch.func always keeps the graph of the backward pass (`create_graph`):
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,16 @@ def value_and_grad(fn: Callable[..., Any], argnums: Argnums = 0, has_aux: bool =
     (tensor(5.), {'w': tensor([2., 4.])})
     """
     check_function(fn, "ft.value_and_grad")
+    return reaching(fn, argnums, has_aux, torch.zeros_like)
+
+
+def reaching(
+    fn: Callable[..., Any], argnums: Argnums, has_aux: bool, unreached: Callable[[Tensor], Tensor | None]
+) -> Callable[..., Any]:
+    """`value_and_grad`, with `unreached(leaf)` as the gradient of a leaf that the value does not depend on.
+
+    Only plain autograd tells such leaves: under torch.func transforms they have zeros.
+    """
 
     def with_grad(*args: Any, **kwargs: Any) -> Any:
         places = _places(argnums, len(args))
@@ -47,29 +57,32 @@ def value_and_grad(fn: Callable[..., Any], argnums: Argnums = 0, has_aux: bool =
 
         env, nested = _surroundings(leaves)
         with using(env):
-            value, aux, grads = _nested(flat, leaves) if nested else _outermost(flat, leaves)
-        grads = tree.unflatten(structure, list(map(carry_cut, leaves, grads)))
+            value, aux, grads = _nested(flat, leaves) if nested else _outermost(flat, leaves, unreached)
+        found = [None if g is None else carry_cut(x, g) for x, g in zip(leaves, grads, strict=True)]
+        grads = tree.unflatten(structure, found)
         return ((value, aux) if has_aux else value), (grads[0] if isinstance(argnums, int) else grads)
 
     return with_grad
 
 
 def add_gradients(
-    fn: Callable[..., tuple[Tensor, Any]], leaves: list[Tensor], sums: list[Tensor]
+    fn: Callable[..., tuple[Tensor, Any]], leaves: list[Tensor], sums: list[Tensor], reached: set[int]
 ) -> tuple[Tensor, Any, list[Tensor]]:
     """`fn(*leaves)`, a pair (scalar, aux), and `sums` with the scalar's gradients added to them.
 
-    Each gradient is added in place as soon as it is ready, in the dtype of its sum, and freed: there is never a second
+    `reached` gets the numbers of the leaves that the scalar depends on. Each gradient is added in place as soon as it is ready, in the dtype of its sum, and freed: there is never a second
     set of gradients. Where the sums will be differentiated themselves, they are new tensors.
     """
     env, nested = _surroundings(leaves)
     with using(env):
         if nested:
             value, aux, grads = _nested(fn, leaves)
+            reached.update(range(len(leaves)))
             return value, aux, [total + g.to(total.dtype) for total, g in zip(sums, grads, strict=True)]
         with torch.enable_grad():
             inputs = [leaf.detach().requires_grad_() for leaf in leaves]
-            out = within("forward", fn, *map(carry_cut, leaves, map(add_into, inputs, sums)))
+            marked = (add_into(x, total, reached, i) for i, (x, total) in enumerate(zip(inputs, sums, strict=True)))
+            out = within("forward", fn, *map(carry_cut, leaves, marked))
             _check_value(out, True)
             value, aux = out
         if value.requires_grad:
@@ -148,35 +161,46 @@ def _surroundings(leaves: list[Tensor]) -> tuple[Env, bool]:
     return env._replace(differentiated=env.differentiated or outside or not nested), nested
 
 
-def add_into(x: Tensor, total: Tensor) -> Tensor:
-    """`x`, whose cotangent is added to `total` as soon as it is there, and goes no further."""
-    return _AddInto.apply(x, total)
+def add_into(x: Tensor, total: Tensor, reached: set[int], number: int) -> Tensor:
+    """`x`, whose cotangent is added to `total` as soon as it is there, and goes no further; `reached` gets `number`."""
+    return _AddInto.apply(x, _Sum(total, reached, number))
+
+
+class _Sum(NamedTuple):
+    """Where a cotangent goes; opaque to autograd."""
+
+    total: Tensor
+    reached: set[int]
+    number: int
 
 
 class _AddInto(torch.autograd.Function):
     """The identity, whose cotangent is added to a tensor."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, total: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.total = total
+    def forward(ctx: Any, x: Tensor, its: _Sum) -> Tensor:  # type: ignore[override]
+        ctx.its = its
         ctx.set_materialize_grads(False)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[None, None]:  # type: ignore[override]
         if g is not None:  # what waits in `Env.deferred` does not come here
-            ctx.total.add_(g)
+            ctx.its.total.add_(g)
+            ctx.its.reached.add(ctx.its.number)
         return None, None
 
 
-def _outermost(flat: Callable[..., Any], leaves: list[Tensor]) -> tuple[Tensor, Any, list[Tensor]]:
+def _outermost(
+    flat: Callable[..., Any], leaves: list[Tensor], unreached: Callable[[Tensor], Tensor | None]
+) -> tuple[Tensor, Any, list[Tensor | None]]:
     with torch.enable_grad():
         inputs = [carry_cut(leaf, leaf.detach().requires_grad_()) for leaf in leaves]
         value, aux = within("forward", flat, *inputs)
     if not value.requires_grad:
-        return value.detach(), _detached(aux), [torch.zeros_like(leaf) for leaf in leaves]
+        return value.detach(), _detached(aux), [unreached(leaf) for leaf in leaves]
     grads = within("backward", _gradients, value, inputs)
-    filled = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True)]
+    filled = [unreached(x) if g is None else g for g, x in zip(grads, leaves, strict=True)]
     return value.detach(), _detached(aux), filled
 
 
