@@ -6,6 +6,7 @@ accumulation do not change the loss. Patterns are static data of the state.
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
@@ -59,6 +60,9 @@ def train_step(
     `(params, batch, key, *, scale) -> ((loss, (count, aux)), grads)`, as `ft.pipeline.value_and_grad` makes one; where
     `scale` is not `None`, it is that of a scaled loss. Runs on the state's mesh unless called inside `ft.spmd`.
 
+    Leaves that are frozen (`ft.trainable`), that the loss does not reach, or whose gradient is `None`, are left as they
+    are, and so is their optimizer state: no decay moves them, as in `torch.optim`.
+
     `check`: in which steps ranks compare programs and values (`ft.checked`, `ft.check_equal`): the "first" that this
     function makes on a mesh, all (`True`), or none. Of a captured step ranks compare the collectives, before its first
     run. `nonfinite`: with NaN or infinity in loss or gradients, on any rank, "raise" a `NonFiniteError` and leave the
@@ -83,12 +87,13 @@ def train_step(
         raise FunctitanError(report("ft.train_step", [f"check is {check!r}"], "choose True, False or 'first'"))
     check_policy(nonfinite)
     seen: tuple[WeakSet[Any], WeakSet[Any]] = WeakSet(), WeakSet()  # of meshes that had their first step, or capture
+    tells = {"zeros": False} if value_and_grad is not None and _tells_zeros(value_and_grad) else {}
     parts: dict[Any, Part] = {}  # of states, by the structure of the gradients
     known: list[Any] = []  # structures of optimizer states that are this optimizer's
 
     def with_gradients(scale: Tensor | None, patterns: tree.Tree) -> Callable[..., Any]:
         if value_and_grad is not None:
-            return partial(value_and_grad, scale=scale)
+            return partial(value_and_grad, scale=scale, **tells)
 
         def scaled(params: tree.Tree, batch: Any, key: Tensor) -> tuple[tuple[Tensor, Any], Any]:
             assert loss_fn is not None
@@ -169,6 +174,14 @@ def _check_given(loss_fn: Any, value_and_grad: Any, otherwise: bool) -> None:
         raise FunctitanError(report("ft.train_step: value_and_grad", problems, fix))
 
 
+def _tells_zeros(value_and_grad: Callable[..., Any]) -> bool:
+    """True for a function that can leave out the zeros of leaves that the loss does not reach."""
+    try:
+        return "zeros" in inspect.signature(value_and_grad).parameters
+    except (TypeError, ValueError):  # one without a signature
+        return False
+
+
 def _due(check: bool | str, mesh: Mesh | None, seen: WeakSet[Any]) -> bool:
     """True if this step on `mesh` is checked; a mesh is known by one of its functions, which live as long as it."""
     if mesh is None or check != "first":
@@ -194,7 +207,10 @@ def _check_state(state: Any, tx: GradientTransformation, known: list[Any]) -> No
     structure = tree.flatten(state.opt_state)[1]
     if structure not in known:
         problems = tree.mismatches(
-            declared_state(tx, state.declarations, "ft.train_step"), state.opt_state, "this optimizer's state", "the state's"
+            declared_state(tx, state.declarations, "ft.train_step"),
+            state.opt_state,
+            "this optimizer's state",
+            "the state's",
         )
         if problems:
             fix = "give ft.TrainState.create and ft.train_step the same optimizer"

@@ -43,7 +43,9 @@ def value_and_grad(
     do. `batch` is this rank's shard too, whole along `pp`: tensors whose first axis is `batch_axis`, of one size that
     the number of microbatches divides. Loss, count and aux are those of the whole batch, equal on all ranks. The last
     stage must be a sum over examples; microbatches, keys, `dtype` and the loss are those of `ft.accumulate`; `scale`
-    multiplies the loss. A list `times` gets (start, end) of each action, in seconds, for `schedule.plot(measured=)`.
+    multiplies the loss. A leaf that its declaration freezes (`ft.trainable(stages, ...)`) has the gradient `None`; with
+    `zeros=False`, as in `ft.train_step`, so has one that the loss does not reach, unless ranks share it. A list `times`
+    gets (start, end) of each action, in seconds, for `schedule.plot(measured=)`.
 
     Inside `ft.spmd` on a mesh with `pp`, of as many ranks as the schedule's; the others of its dims shard every stage.
     With `gather`, a stage's parameters are gathered over the batch's mesh dims where the schedule says `UNSHARD`, and
@@ -67,7 +69,11 @@ def value_and_grad(
     flat = [tree.flatten(stage.declarations) for stage in stages]
     parts = [
         Part(
-            stage.apply, tuple(tree.paths(stage.declarations)), tuple(parse_axes(leaf.pattern) for leaf in leaves), form
+            stage.apply,
+            tuple(tree.paths(stage.declarations)),
+            tuple(parse_axes(leaf.pattern) for leaf in leaves),
+            tuple(leaf.trainable for leaf in leaves),
+            form,
         )
         for stage, (leaves, form) in zip(stages, flat, strict=True)
     ]
@@ -81,6 +87,7 @@ def value_and_grad(
         *,
         scale: Tensor | None = None,
         times: list[tuple[float, float]] | None = None,
+        zeros: bool = True,
     ) -> Any:
         env = current()
         place = _check(params, stages, schedule, env)
@@ -98,7 +105,7 @@ def value_and_grad(
         split = {(action.stage, action.microbatch) for action in schedule.actions[place] if action.kind == "I"}
         step = Step(
             WHERE, parts, schedule, place, own, batch, key, scale, split, first, size, dims, dtype, env, one, edges,
-            {}, {}, {}, {}, {}, {}, {}, [], [],
+            {}, {}, {}, {}, {}, {}, {}, {}, [], [],
         )  # fmt: skip
         with torch.no_grad():
             for action in schedule.actions[place]:
@@ -107,7 +114,7 @@ def value_and_grad(
                 if times is not None:
                     times.append((start, time.monotonic()))
             total, count, aux = _sums(step)
-            grads = _gradients(step, holders, count)
+            grads = _gradients(step, holders, count, zeros)
             for pending in step.leaving:
                 pending.wait()
         return (total / count, (count, aux)), tree.unflatten(tree.flatten(params)[1], grads)
@@ -124,16 +131,23 @@ def _sums(step: Step) -> Sums:
     return total, count.clamp(min=1), aux
 
 
-def _gradients(step: Step, holders: dict[str, tuple[int, ...]], count: Tensor) -> list[Tensor]:
+def _gradients(step: Step, holders: dict[str, tuple[int, ...]], count: Tensor, zeros: bool) -> list[Tensor | None]:
     """The mean gradients of this rank's parameters; those that several stages share are added up."""
     found: dict[str, Tensor] = {}
+    reached: set[str] = set()
     for stage in step.schedule.stages(step.place):
         if stage in step.totals:
             reduce_gradients(step, stage, 0)
-        for path, g in zip(step.parts[stage].paths, step.grads.pop(stage), strict=True):
-            found[path] = found[path] + g if path in found else g
+        part = step.parts[stage]
+        mine = [path for path, trained in zip(part.paths, part.trained, strict=True) if trained]
+        reached.update(mine[n] for n in step.reached.get(stage, ()))
+        for path, g in zip(part.paths, step.grads.pop(stage), strict=True):
+            if g is not None:
+                found[path] = found[path] + g if path in found else g
     shared_sums(found, holders, step.env)
-    return [found.pop(path).div_(count).to(x.dtype) for path, x in step.params.items()]
+    given = (path for path in found if zeros or path in reached or len(holders[path]) > 1)  # others may reach it
+    means = {path: found[path].div_(count).to(step.params[path].dtype) for path in given}
+    return [means.get(path) for path in step.params]
 
 
 def _check(params: tree.Tree, stages: Sequence[Stage], schedule: Schedule, env: Env) -> int:

@@ -15,7 +15,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from functitan.sharding.context import Env, using
 from functitan.sharding.deferred import Deferred
-from functitan.transforms.grad import add_into
+from functitan.transforms.add_into import add_into
 
 
 class Pass(NamedTuple):
@@ -30,23 +30,29 @@ class Pass(NamedTuple):
 def forward(
     fn: Callable[[list[Tensor], list[Tensor]], tuple[list[Tensor], Any]],
     weights: Sequence[Tensor],
-    sums: Sequence[Tensor],
+    sums: Sequence[Tensor | None],
     inputs: Sequence[Tensor],
     env: Env,
     split: bool,
+    reached: set[int] | None = None,
 ) -> tuple[list[Tensor], Any, Pass]:
     """`fn(weights, inputs)` gives tensors and something beside; those, and the pass that its backward takes.
 
     The gradients of the weights will be added to `sums` where they are made; with `split`, those of the weights of
-    named products by `weight_half`, others with the gradients of the inputs.
+    named products by `weight_half`, others with the gradients of the inputs. A weight without a sum is frozen.
+    `reached` gets the numbers of the sums, counted without those, that have any gradient.
     """
+    reached = set() if reached is None else reached
     with torch.enable_grad():
-        leaves = tuple(x.detach().requires_grad_() for x in weights)
+        mine = [i for i, total in enumerate(sums) if total is not None]
+        totals = [total for total in sums if total is not None]
+        leaves = tuple(weights[i].detach().requires_grad_() for i in mine)
         given = [x.detach().requires_grad_() if _has_gradient(x) else x for x in inputs]
-        used = [add_into(x, total) for x, total in zip(leaves, sums, strict=True)]
-        deferred = Deferred(used, sums, waits=split)
+        used = [add_into(x, totals[n], reached, n) for n, x in enumerate(leaves)]
+        deferred = Deferred(used, totals, reached, waits=split)
+        full = dict(enumerate(weights)) | dict(zip(mine, used, strict=True))
         with using(env._replace(differentiated=True, deferred=deferred)):
-            results, beside = fn(used, given)
+            results, beside = fn(list(full.values()), given)
         ends = tuple(get_gradient_edge(y) if y.requires_grad else None for y in results)
     starts = tuple(x if _has_gradient(x) else None for x in given)
     return [y.detach() for y in results], beside, Pass(ends, starts, leaves, deferred)

@@ -71,10 +71,14 @@ def check_stages(stages: Sequence[Stage], schedule: Schedule) -> None:
             first, other = known.setdefault(path, (number, leaf))
             if not isinstance(leaf, Param):
                 problems.append(f"stage {number}: {path} is a {type(leaf).__name__}, not a Param")
-            elif (leaf.pattern, leaf.shape, leaf.dtype) != (other.pattern, other.shape, other.dtype):
+            elif _kind(leaf) != _kind(other):
                 problems.append(f"{path} is {other!r} in stage {first}, and {leaf!r} in stage {number}")
     if problems:
         raise FunctitanError(report("ft.pipeline: the stages' declarations", problems, "declare a shared leaf once"))
+
+
+def _kind(leaf: Param) -> tuple[Any, ...]:
+    return leaf.pattern, leaf.shape, leaf.dtype, leaf.trainable
 
 
 def _merged(trees: Sequence[tree.Tree]) -> tree.Tree:

@@ -31,6 +31,7 @@ class Part(NamedTuple):
     apply: Callable[..., Any]
     paths: tuple[str, ...]
     axes: tuple[Axes, ...]
+    trained: tuple[bool, ...]
     structure: Any
 
 
@@ -57,8 +58,9 @@ class Step(NamedTuple):
     one: Env  # of one replica's own program
     edges: Edges
     copies: dict[int, list[Tensor]]  # by stage: its parameters, gathered
-    totals: dict[int, list[Tensor]]  # by stage: the gradients of this replica, added up
-    grads: dict[int, list[Tensor]]  # by stage: those of all replicas
+    totals: dict[int, list[Tensor | None]]  # by stage: the gradients of this replica, added up; none of frozen leaves
+    reached: dict[int, set[int]]  # by stage: which of its trained leaves have a gradient
+    grads: dict[int, list[Tensor | None]]  # by stage: those of all replicas
     passes: dict[tuple[int, int], Pass]
     here: dict[Place, list[Tensor]]  # made by a stage of this rank for another of it
     going: dict[Place, list[Tensor]]  # made here, to be sent
@@ -87,18 +89,21 @@ def reduce_gradients(step: Step, stage: int, _: int) -> None:
     sums, grads = step.totals.pop(stage), step.grads.setdefault(stage, [])
     with using(step.env._replace(phase="backward")):
         for axes in step.parts[stage].axes:
-            grads.append(merge(axes, sums.pop(0), step.dims))  # a sum is freed when it is merged
+            total = sums.pop(0)  # a sum is freed when it is merged
+            grads.append(None if total is None else merge(axes, total, step.dims))
 
 
 def _forward(step: Step, stage: int, microbatch: int) -> None:
-    part, (apply, _, _, structure) = rows(step.batch, microbatch * step.size, step.size), step.parts[stage]
+    part, (apply, *_, structure) = rows(step.batch, microbatch * step.size, step.size), step.parts[stage]
     key = key_of(step.key, step.first + microbatch)
     if stage not in step.copies:
         _unshard(step, stage, microbatch)
     weights, into = step.copies[stage], step.edges.into
     if stage not in step.totals:
         zeros = partial(torch.zeros_like, dtype=step.dtype, memory_format=torch.contiguous_format)
-        step.totals[stage] = [zeros(x) for x in weights]
+        step.totals[stage] = [
+            zeros(x) if trained else None for x, trained in zip(weights, step.parts[stage].trained, strict=True)
+        ]
 
     def run(weights: list[Tensor], inputs: list[Tensor]) -> tuple[list[Tensor], Any]:
         out = apply(tree.unflatten(structure, weights), into[stage].joined(inputs), part, key)
@@ -109,7 +114,8 @@ def _forward(step: Step, stage: int, microbatch: int) -> None:
 
     inputs = _taken(step, ("F", stage, microbatch)) if stage else []
     split = (stage, microbatch) in step.split
-    results, beside, its = forward(run, weights, step.totals[stage], inputs, step.one, split)
+    reached = step.reached.setdefault(stage, set())
+    results, beside, its = forward(run, weights, step.totals[stage], inputs, step.one, split, reached)
     step.passes[stage, microbatch] = its
     if stage < step.last:
         _hand_on(step, ("F", stage + 1, microbatch), results)

@@ -14,11 +14,12 @@ Product = Callable[[Sequence[Tensor]], None]  # adds the gradients of some weigh
 
 
 class Deferred:
-    """`totals` take the gradients of the weights; they wait until `run` if `waits`."""
+    """`totals` take the gradients of the weights; they wait until `run` if `waits`. `reached`: which have any."""
 
-    def __init__(self, weights: Iterable[Tensor], totals: Sequence[Tensor], waits: bool) -> None:
+    def __init__(self, weights: Iterable[Tensor], totals: Sequence[Tensor], reached: set[int], waits: bool) -> None:
         self._known = {id(x): (x, i) for i, x in enumerate(weights)}  # which keeps the tensor, and so its id
         self._totals = totals
+        self._reached = reached
         self._waits = waits
         self._waiting: list[tuple[tuple[int, ...], Product]] = []
 
@@ -37,6 +38,7 @@ class Deferred:
 
     def put(self, numbers: tuple[int, ...], product: Product) -> None:
         """Add the gradients of these weights, now or later."""
+        self._reached.update(numbers)
         self._waiting.append((numbers, product))
         if not self._waits:
             self._add()

@@ -40,7 +40,8 @@ def accumulate(
     As `ft.value_and_grad(..., has_aux=True)` of sum / count for the whole batch, at the activation memory of one of
     `k` microbatches. Sums are added over microbatches and replicas and divided once, by the total count. The loss
     function must be a sum over examples: it sees one replica's microbatch at a time, and what it closes over lies whole
-    on each replica: what is sharded and not trained stands among the parameters, frozen. It may give `((sum, count), aux)` too, where aux is a tree of scalars, which are summed likewise.
+    on each replica; what is sharded and not trained stands among the parameters, frozen. It may give `((sum, count),
+    aux)` too, where aux is a tree of scalars, which are summed likewise.
 
     `patterns`: those of the parameters, a tree or prefix of patterns or `Param`s; not needed without a mesh. Leaves
     that a `Param` there freezes (`ft.trainable`) are gathered like the others, and their gradient is `None`. `batch`:
@@ -77,7 +78,7 @@ def accumulated(
     *,
     zeros: bool = True,
 ) -> Callable[..., tuple[tuple[Tensor, tuple[Tensor, Any]], tree.Tree]]:
-    """`accumulate`; without `zeros`, the gradient of a leaf that no microbatch reaches is `None`, and is not reduced."""
+    """`accumulate`; without `zeros` a leaf that no microbatch reaches has the gradient `None`: nothing is reduced."""
     if not isinstance(k, int) or isinstance(k, bool) or k < 1:
         raise FunctitanError(report(WHERE, [f"k is {k!r}: it must be a whole number of at least 1"], FIX_K))
 
@@ -98,13 +99,13 @@ def accumulated(
             part, own = rows(batch, i * size, size), key_of(key, first + i)
 
             def sum_of(*values: Tensor) -> Any:
-                full = dict(enumerate(copies)) | dict(zip(mine, values, strict=True))  # noqa: B023
+                full = dict(enumerate(copies)) | dict(zip(mine, values, strict=True))
                 return sum_and_beside(loss_fn(tree.unflatten(structure, full.values()), part, own), WHERE)  # noqa: B023
 
             with using(one_replica(dims)):
                 total, counted, sums = add_gradients(sum_of, given, sums, reached)
             scalars = added(scalars, total, counted)
-        del copies, given
+        copies.clear(), given.clear()
         values, places = tree.flatten(scalars)
         total, count, aux = tree.unflatten(places, merge_scalars(values, dims))
         count = count.clamp(min=1)

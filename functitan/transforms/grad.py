@@ -7,7 +7,7 @@ because torch.func always keeps the graph of the backward pass (`create_graph`):
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from functitan.errors import FunctitanError, check_function, report
 from functitan.ops.function import transforms_active
 from functitan.sharding.context import Env, current, using, within
 from functitan.sharding.cut import carry_cut
+from functitan.transforms.add_into import add_into
 from functitan.transforms.flat import Form, join, split
 
 Argnums = int | Sequence[int]
@@ -70,8 +71,9 @@ def add_gradients(
 ) -> tuple[Tensor, Any, list[Tensor]]:
     """`fn(*leaves)`, a pair (scalar, aux), and `sums` with the scalar's gradients added to them.
 
-    `reached` gets the numbers of the leaves that the scalar depends on. Each gradient is added in place as soon as it is ready, in the dtype of its sum, and freed: there is never a second
-    set of gradients. Where the sums will be differentiated themselves, they are new tensors.
+    `reached` gets the numbers of the leaves that the scalar depends on. Each gradient is added in place as soon as it
+    is ready, in the dtype of its sum, and freed: there is never a second set of gradients. Where the sums will be
+    differentiated themselves, they are new tensors.
     """
     env, nested = _surroundings(leaves)
     with using(env):
@@ -159,36 +161,6 @@ def _surroundings(leaves: list[Tensor]) -> tuple[Env, bool]:
     env, outside = current(), torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
     nested = transforms_active() or env.differentiated or outside
     return env._replace(differentiated=env.differentiated or outside or not nested), nested
-
-
-def add_into(x: Tensor, total: Tensor, reached: set[int], number: int) -> Tensor:
-    """`x`, whose cotangent is added to `total` as soon as it is there, and goes no further; `reached` gets `number`."""
-    return _AddInto.apply(x, _Sum(total, reached, number))
-
-
-class _Sum(NamedTuple):
-    """Where a cotangent goes; opaque to autograd."""
-
-    total: Tensor
-    reached: set[int]
-    number: int
-
-
-class _AddInto(torch.autograd.Function):
-    """The identity, whose cotangent is added to a tensor."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, its: _Sum) -> Tensor:  # type: ignore[override]
-        ctx.its = its
-        ctx.set_materialize_grads(False)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> tuple[None, None]:  # type: ignore[override]
-        if g is not None:  # what waits in `Env.deferred` does not come here
-            ctx.its.total.add_(g)
-            ctx.its.reached.add(ctx.its.number)
-        return None, None
 
 
 def _outermost(
