@@ -21,7 +21,8 @@ X = "batch seq embed"
 
 def train(mesh, steps: int) -> list[float]:
     """The loss of every step; `mesh` may be None."""
-    params = ft.init(swiglu.params(embed=32, mlp=64), ft.random.key(0), mesh=mesh, rules=RULES)
+    declared = swiglu.params(embed=32, mlp=64)
+    params = ft.init(declared, ft.random.key(0), mesh=mesh, rules=RULES)
     params = ft.tree.map(lambda leaf: leaf.requires_grad_(), params)
     block = ft.spmd(swiglu.apply, mesh=mesh, rules=RULES)
     error = ft.spmd(lambda y, goal: ft.reduce(f"{X} ->", (y - goal) ** 2, op="mean"), mesh=mesh, rules=RULES)
@@ -34,6 +35,12 @@ def train(mesh, steps: int) -> list[float]:
         loss = error(block(params, x), goal)
         optimizer.zero_grad()
         loss.backward()
+        grads = ft.tree.map(
+            lambda leaf: leaf.grad, params
+        )  # torch's clip_grad_norm_ would see this rank's shards alone
+        grads, _ = ft.optim.clip_grads(grads, 1.0, declared, mesh=mesh, rules=RULES)
+        for leaf, grad in zip(ft.tree.leaves(params), ft.tree.leaves(grads), strict=True):
+            leaf.grad = grad
         optimizer.step()
         losses.append(loss.item())
     return losses

@@ -2,7 +2,7 @@
 
 from functitan.optim.adafactor import adafactor, scale_by_param_block_rms
 from functitan.optim.adam import AdamState, adamw, scale_by_adam
-from functitan.optim.clip import ClipState, clip_by_block_rms, clip_by_global_norm
+from functitan.optim.clip import ClipState, clip_by_block_rms, clip_by_global_norm, clip_grads
 from functitan.optim.factored import FactoredState, scale_by_factored_rms
 from functitan.optim.lion import LionState, lion, scale_by_lion
 from functitan.optim.loss_scale import LossScaleState, dynamic_loss_scale, loss_scale
@@ -52,6 +52,7 @@ __all__ = [
     "chain",
     "clip_by_block_rms",
     "clip_by_global_norm",
+    "clip_grads",
     "constant",
     "cosine",
     "decay_matrices",

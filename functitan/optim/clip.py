@@ -7,13 +7,19 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
 from functitan import tree
 from functitan.errors import FunctitanError, report
 from functitan.optim.kernels import owned, scale_, scale_each_, wide_dtype
 from functitan.optim.norms import norm_in, rms_in
 from functitan.optim.state import scalar_beside
 from functitan.optim.transform import GradientTransformation
-from functitan.sharding.context import current
+from functitan.sharding.context import current, spmd
+from functitan.sharding.mesh import Mesh
+from functitan.sharding.rules import AxisRules
 
 
 class ClipState(NamedTuple):
@@ -40,6 +46,40 @@ def clip_by_global_norm(max_norm: float) -> GradientTransformation:
         return tree.unflatten(structure, leaves), ClipState(norm)
 
     return GradientTransformation(init, update)
+
+
+def clip_grads(
+    grads: tree.Tree,
+    max_norm: float,
+    patterns: tree.Tree = None,
+    *,
+    mesh: Mesh | DeviceMesh | None = None,
+    rules: AxisRules | None = None,
+) -> tuple[tree.Tree, Tensor]:
+    """(gradients scaled by `min(1, max_norm / (norm + 1e-6))`, their norm before `[]`): for loops of one's own.
+
+    In place of `torch.nn.utils.clip_grad_norm_`, which is wrong on shards: each rank would measure its own shards
+    alone, scale by a number of its own, and weights that should be equal on all ranks would part. Here the norm is that
+    of all shards, and one number for all.
+
+    `grads` is a tree of this rank's shards, with `None` for a leaf without a gradient; `patterns` a tree, or a prefix,
+    of patterns or `Param`s. Call it inside `ft.spmd`, or give the mesh and the rules. Raises `PatternError` without
+    patterns where the rules shard anything.
+
+    >>> import torch
+    >>> grads, norm = clip_grads({"w": torch.tensor([3.0, 4.0]), "idle": None}, 1.0)
+    >>> grads, norm
+    ({'w': tensor([0.6000, 0.8000]), 'idle': None}, tensor(5.))
+    """
+    _check("clip_grads", "max_norm", max_norm)
+
+    def clip(values: tree.Tree) -> tuple[tree.Tree, Tensor]:
+        tx = clip_by_global_norm(max_norm)
+        with torch.no_grad():
+            clipped, state = tx.update(values, tx.init(values), patterns=patterns)
+        return clipped, state.norm
+
+    return clip(grads) if mesh is None else spmd(clip, mesh=mesh, rules=rules)(grads)
 
 
 def clip_by_block_rms(threshold: float) -> GradientTransformation:

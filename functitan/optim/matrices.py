@@ -1,6 +1,7 @@
 """Weights seen as matrices: which axes are inputs, which are outputs, and which count matrices.
 
-Invariant: a weight of two axes maps its first to its second; of any other, a table by pattern must say.
+Invariant: a weight of two axes maps its first to its second; of any other, a table by pattern must say. What is added
+to, or scales, what a matrix gives is none, however many axes it has.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import NamedTuple
 
 from functitan.axes import Axes, parse_axes, parse_signature, write_axes
 from functitan.errors import FunctitanError, report
+from functitan.nn.attention import MATRICES
 
 Matrices = Mapping[str, str]  # pattern -> "inputs -> outputs"
 
@@ -52,6 +54,9 @@ def as_matrices(what: str, table: dict[Axes, Matrix], leaves: Iterable[tuple[str
     """How each leaf, a path and axes, is a matrix. Raises `FunctitanError` that lists every leaf that is none."""
     found, problems = [], []
     for path, axes in leaves:
+        if len(axes) > 1 and (reason := no_matrix(path, axes, table)):
+            problems.append(f"{path or 'leaf'} {write_axes(axes)!r} {reason}")
+            continue
         matrix = table.get(axes) or (Matrix((), axes[:1], axes[1:]) if len(axes) == 2 else None)
         if matrix is None:
             problems.append(f"{path or 'leaf'} {write_axes(axes)!r} has {len(axes)} axes")
@@ -62,6 +67,31 @@ def as_matrices(what: str, table: dict[Axes, Matrix], leaves: Iterable[tuple[str
     return found
 
 
+def no_matrix(path: str, axes: Axes, table: Mapping[Axes, Matrix]) -> str:
+    """Why a leaf of several axes is no matrix all the same, or the empty string: biases, and scales of norms, are none.
+
+    Known by the leaf's name, which has the word "bias" or "scale", or by axes that are all on one side of a matrix of
+    the table or of attention, as "heads head_dim" are.
+
+    >>> no_matrix("attention.q_bias", ("heads", "head_dim"), {})
+    "is a bias, by its name 'q_bias'"
+    >>> no_matrix("offset", ("heads", "head_dim"), {})
+    "has axes of one side alone of 'embed heads head_dim', embed -> heads head_dim"
+    """
+    if axes in table:  # said to be one
+        return ""
+    name = path.rpartition(".")[2]
+    word = next((word for word in ("bias", "scale") if word in name.lower().split("_")), None)
+    if word is not None:
+        return f"is a {word}, by its name {name!r}"
+    for own, its in (table | _ATTENTION).items():
+        if any(set(axes) <= set(side) for side in (its.inputs, its.outputs)):
+            sides = f"{write_axes(its.inputs)} -> {write_axes(its.outputs)}"
+            return f"has axes of one side alone of {write_axes(own)!r}, {sides}"
+    return ""
+
+
+_ATTENTION = parse_matrices("attention", MATRICES)
 _FIX = (
     "give the leaves that are no matrices to another optimizer, by optim.multi_transform; say which axes of others are "
     "inputs and outputs: matrices={'heads head_dim embed': 'heads head_dim -> embed'} (ft.nn.attention.MATRICES)"

@@ -79,9 +79,9 @@ def scale_by_muon(
     Newton-Schulz in `dtype` (`None`: the weight's) bring all singular values near 1. A weight of two axes maps its
     first to its second. `matrices` says which axes of others are inputs and outputs, by pattern:
     `{"heads head_dim embed": "heads head_dim -> embed"}`; there is a matrix for each place along the axes that it
-    leaves out, as in `{"experts embed mlp": "embed -> mlp"}`. On a mesh a matrix is gathered in `dtype`, with one
-    all-gather for each sharded axis, made orthogonal on every rank, and sliced. Raises `FunctitanError` that lists
-    every leaf that is no matrix.
+    leaves out, as in `{"experts embed mlp": "embed -> mlp"}`. A bias is no matrix, of however many axes. On a mesh a
+    matrix is gathered in `dtype`, with one all-gather for each sharded axis, made orthogonal on every rank, and sliced.
+    Raises `FunctitanError` that lists every leaf that is no matrix.
     """
     problems = [] if 0 <= momentum < 1 else [f"momentum is {momentum}: it must lie in [0, 1)"]
     problems += [] if ns_steps >= 1 else [f"ns_steps is {ns_steps}: it must be at least 1"]

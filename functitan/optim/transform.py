@@ -16,6 +16,8 @@ from functitan import tree
 from functitan.axes import parse_axes
 from functitan.errors import FunctitanError, report
 from functitan.optim.kernels import add_, owned, scale_
+from functitan.optim.matrices import no_matrix
+from functitan.optim.patterns import named_axes
 from functitan.optim.schedules import Schedule
 from functitan.optim.state import aligned, check_number, check_state, scalar_beside
 from functitan.param import Param
@@ -144,12 +146,18 @@ def add_decayed_weights(weight_decay: float, mask: Mask | None = None) -> Gradie
 
 
 def decay_matrices(path: str, leaf: str | Param | Tensor) -> bool:
-    """A mask for `add_decayed_weights`: leaves of two or more axes, so neither biases nor scales of norms.
+    """A mask for `add_decayed_weights`: leaves of two or more axes that are neither biases nor scales of norms.
+
+    These have the word "bias" or "scale" in their name, or axes that are all inputs or all outputs of a projection of
+    attention: "heads head_dim".
 
     >>> decay_matrices("mlp.up", "embed mlp"), decay_matrices("norm.scale", "embed")
     (True, False)
+    >>> decay_matrices("attention.q", "embed heads head_dim"), decay_matrices("attention.q_bias", "heads head_dim")
+    (True, False)
     """
-    return len(parse_axes(leaf) if isinstance(leaf, str) else leaf.shape) >= 2
+    axes = parse_axes(leaf) if isinstance(leaf, str) else named_axes(leaf)
+    return len(axes) > 1 and not no_matrix(path, axes, {})
 
 
 def chosen_by(mask: Mask | None, params: tree.Tree, patterns: tree.Tree | None) -> list[bool]:
