@@ -13,6 +13,7 @@ from torch import Tensor
 
 from functitan.axes import Axes, parse_operands, write_axes
 from functitan.errors import PatternError, report
+from functitan.ops.autocast import autocast_is_on, in_precision
 from functitan.ops.context.dense import dense
 from functitan.ops.context.lowering import Asked, check_heads, lowered
 from functitan.ops.context.masks import Marks, Rule
@@ -66,6 +67,10 @@ def attention(
     >>> attention("batch seq heads head_dim, batch seq kv_heads head_dim", q, k, v, causal=True).shape
     torch.Size([1, 3, 2, 4])
     """
+    if autocast_is_on():
+        options = dict(causal=causal, positions=positions, segments=segments, key_positions=key_positions)
+        options |= dict(scale=scale, window=window, mask=mask)
+        return in_precision(attention, q, pattern, q, k, v, **options)
     axes, kv_axes = _parse(pattern, key_positions is not None)
     env, label = current(), Label("attention", pattern)
     what, named = f"attention({pattern!r})", (("positions", positions), ("segments", segments))

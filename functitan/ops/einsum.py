@@ -13,6 +13,7 @@ from torch import Tensor
 
 from functitan.axes import Axes, Signature, parse_signature, write_axes
 from functitan.errors import PatternError, nearest, report
+from functitan.ops.autocast import autocast_is_on, in_precision
 from functitan.ops.contraction import contract, defers
 from functitan.ops.float8 import converted
 from functitan.ops.local import product
@@ -33,7 +34,8 @@ def einsum(pattern: str, *tensors: Tensor) -> Any:
     `"batch embed, embed mlp -> batch mlp"`: one result. With several results (a tuple comes back) the last operands
     belong to one result each and those before them to all: `"x, q, k -> xq, xk"` gathers `x` once, and adds the
     cotangents of `x` before one reduction. Tensors are local shards. Transpose: einsums of the permuted patterns.
-    Raises `PatternError` for a pattern that does not fit the tensors.
+    Under `torch.autocast` it computes as under `ft.precision` in autocast's dtype. Raises `PatternError` for a pattern
+    that does not fit the tensors.
 
     >>> x, w, v = torch.ones(2, 3), torch.ones(3, 4), torch.ones(3, 5)
     >>> einsum("batch embed, embed mlp -> batch mlp", x, w).shape
@@ -50,6 +52,8 @@ def einsum(pattern: str, *tensors: Tensor) -> Any:
     planned = deferred is not None and not (env.precision is None and are_pairs(signature))
     if env.memo is not None or arithmetic is not None or planned:  # all want the named op
         env = env.on_one_rank(tuple(axis for axes in signature.operands for axis in axes))
+    if (env.mesh is not None or env.precision is not None) and autocast_is_on():  # else torch casts, and rightly
+        return in_precision(einsum, next(iter(tensors), None), pattern, *tensors)
     if env.mesh is None:
         try:
             given = in_compute(tensors, env.precision)
@@ -60,6 +64,8 @@ def einsum(pattern: str, *tensors: Tensor) -> Any:
         except (AttributeError, RuntimeError):  # of what is no tensor, or a nested one, which has no shape
             given, fits = tensors, False
         if not fits:
+            if autocast_is_on():  # torch has cast one operand, and not another
+                return in_precision(einsum, next(iter(tensors), None), pattern, *tensors)
             _check(pattern, signature, given)
         try:
             with env.span("einsum", pattern):

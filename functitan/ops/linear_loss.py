@@ -13,6 +13,7 @@ from torch import Tensor
 
 from functitan.axes import Axes, check_pattern, parse_axes, parse_signature, write_axes
 from functitan.errors import PatternError, report
+from functitan.ops.autocast import autocast_is_on, in_precision
 from functitan.ops.contraction import lift, move
 from functitan.ops.function import Call, apply, hidden_axes
 from functitan.ops.labels import IGNORE, check_labels
@@ -58,6 +59,9 @@ def linear_cross_entropy(
     >>> linear_cross_entropy("batch embed, vocab embed, batch", x, w, torch.tensor([1, -100]), vocab_size=2)
     tensor([0.6931, 0.0000])
     """
+    if autocast_is_on():
+        options = dict(chunk=chunk, z_loss=z_loss, ignore_index=ignore_index, vocab_size=vocab_size)
+        return in_precision(linear_cross_entropy, x, pattern, x, w, labels, **options)
     axes = _parse(pattern)
     label = Label("linear_cross_entropy", pattern)
     what = f"{label.op}({pattern!r})"

@@ -20,6 +20,7 @@ from functitan.capture.halves import Halves, trace_halves
 from functitan.capture.opaque import Opaque, call, opaque
 from functitan.capture.passes.table import chosen_passes, run_passes
 from functitan.errors import FunctitanError, check_function, report
+from functitan.ops.autocast import FIX_AUTOCAST, autocast_is_on
 from functitan.ops.function import requires_gradient, transforms_active
 from functitan.sharding.context import Env, current, using
 from functitan.transforms.closures import closure_problems
@@ -220,6 +221,8 @@ def _check(compiled: Compiled, env: Env) -> None:
     if env.memo is not None:
         problems.append("a policy of the ft.remat around it cannot choose among the ops inside it")
         fix = "rematerialize inside: ft.compile(ft.remat(fn, policy=...))"
+    if autocast_is_on():
+        problems, fix = [*problems, "it is called under torch.autocast, which a graph does not hold"], FIX_AUTOCAST
     if problem := outside(env):
         problems, fix = [*problems, problem], FIX_DELAYED.format("compile")
     if problems:

@@ -21,6 +21,7 @@ from functitan.capture.compile import compiled
 from functitan.capture.passes.table import chosen_passes, run_passes
 from functitan.capture.trace import Program, trace
 from functitan.errors import CaptureError, report
+from functitan.ops.autocast import FIX_AUTOCAST, autocast_is_on
 from functitan.ops.function import transforms_active
 from functitan.sharding.context import Env, current, within
 from functitan.sharding.ledger import Entry
@@ -80,6 +81,9 @@ class Jitted:
         env = current()
         if env.capture is not None:  # a part of a larger capture
             return self.fn(*args)
+        if autocast_is_on():
+            problem = "it is called under torch.autocast, which a graph does not hold"
+            raise CaptureError(report(self.what, [problem], FIX_AUTOCAST))
         leaves, structure = tree.flatten(args)
         found = self._find(args, leaves, structure, env)
         if env.ledger is not None:

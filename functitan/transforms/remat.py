@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from functitan.errors import FunctitanError, report
+from functitan.ops.autocast import replayed
 from functitan.ops.function import transforms_active
 from functitan.sharding.context import current, using
 from functitan.transforms.closures import GENERATORS, problems_and_generators
@@ -61,7 +62,8 @@ def remat(fn: Callable[..., Any], *, policy: Policy | Budget = nothing_saveable,
         if not transforms_active() and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
             with using(env._replace(memo=None)):  # of a remat around this one
                 return fn(*args, **kwargs)
-        flat, result = of_tensors(lambda given: fn(*given[0], **given[1]), form)
+        again = replayed(fn)
+        flat, result = of_tensors(lambda given: again(*given[0], **given[1]), form)
         kind = form.structure, tuple((type(leaf), leaf) for leaf in form.leaves)
         generators += [leaf for leaf in form.leaves if isinstance(leaf, GENERATORS)]
         sources = sources_of(generators, tensors)
