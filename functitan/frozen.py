@@ -73,7 +73,7 @@ def _check(leaves: dict[str, Any], globs: Sequence[str]) -> None:
         if not isinstance(leaf, Param)
     ]
     if strange:
-        fix = "give declarations, as ft.init and ft.TrainState.create take them: {'w': ft.Param('embed mlp', (8, 8))}"
+        fix = "give declarations, before ft.init makes tensors of them: {'w': ft.Param('embed mlp', (8, 8))}"
         raise FunctitanError(report("ft.trainable", strange, fix))
     problems = [] if globs else ["there are no globs: nothing would be trained"]
     problems += [

@@ -69,7 +69,7 @@ class Param:
         if not isinstance(self.dtype, torch.dtype):
             problems.append(f"dtype is {self.dtype!r}, not a dtype of torch")
         if not isinstance(self.trainable, bool):
-            problems.append(f"trainable is {self.trainable!r}, not True or False")
+            problems.append(f"trainable is {self.trainable!r}, not True or False, which freezes it")
         if problems:
             fix = "write as in ft.Param('embed mlp', (256, 768)): one size for each name, in order"
             raise PatternError(report(f"Param({self.pattern!r}, {self.shape!r})", problems, fix))

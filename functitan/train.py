@@ -88,6 +88,7 @@ def train_step(
     check_policy(nonfinite)
     seen: tuple[WeakSet[Any], WeakSet[Any]] = WeakSet(), WeakSet()  # of meshes that had their first step, or capture
     tells = {"zeros": False} if value_and_grad is not None and _tells_zeros(value_and_grad) else {}
+    looked: list[Any] = []  # mesh dims for which the loss function's closure has been looked through
     parts: dict[Any, Part] = {}  # of states, by the structure of the gradients
     known: list[Any] = []  # structures of optimizer states that are this optimizer's
 
@@ -102,7 +103,7 @@ def train_step(
 
         if accumulate is not None or gradients is not None:
             k = 1 if accumulate is None else accumulate
-            return accumulated(scaled, k, patterns, to_rules=gradients, zeros=False)
+            return accumulated(scaled, k, patterns, to_rules=gradients, zeros=False, looked=looked)
 
         def of_trained(params: tree.Tree, batch: Any, key: Tensor) -> Any:
             def mean_loss(part: tree.Tree) -> tuple[Tensor, Any]:

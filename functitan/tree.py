@@ -97,7 +97,7 @@ def only(tree: Tree, chosen: Sequence[bool]) -> Tree:
 
 
 def also_in(part: Tree, whole: Tree, what: str) -> Tree:
-    """The leaves of `whole` where `part`, its tree with `None` for some leaves, has one.
+    """The leaves of `whole`, a tree like parameters, where `part`, its tree with `None` for some leaves, has one.
 
     >>> also_in({"a": None, "b": [2]}, {"a": 10, "b": [20]}, "parts")
     {'a': None, 'b': [20]}
@@ -105,7 +105,7 @@ def also_in(part: Tree, whole: Tree, what: str) -> Tree:
     try:
         return optree.tree_map(lambda x, y: None if x is None else y, part, whole, none_is_leaf=True)
     except ValueError:
-        raise FunctitanError(report(what, mismatches(whole, part, "the whole", "the part"), _FIX_PART)) from None
+        raise FunctitanError(report(what, mismatches(whole, part, "the parameters", "these"), _FIX_PART)) from None
 
 
 def put_back(part: Tree, whole: Tree) -> Tree:
@@ -173,5 +173,5 @@ def _short(lines: list[str], most: int = 8) -> list[str]:
 
 
 _FIX_SHARED = "rename a key: a leaf is known by its path, to random keys, checkpoints, masks and errors"
-_FIX_PART = "give a tree of the same structure, with None for what it leaves out"
+_FIX_PART = "give a tree of the parameters' structure, with None for a leaf that is to stay as it is"
 _FIX_PREFIX = "give a tree of the same structure, or one leaf for a whole subtree of it"

@@ -84,7 +84,7 @@ def no_matrix(path: str, axes: Axes, table: Mapping[Axes, Matrix]) -> str:
     word = next((word for word in ("bias", "scale") if word in name.lower().split("_")), None)
     if word is not None:
         return f"is a {word}, by its name {name!r}"
-    for own, its in (table | _ATTENTION).items():
+    for own, its in {**table, **_ATTENTION}.items():
         if any(set(axes) <= set(side) for side in (its.inputs, its.outputs)):
             sides = f"{write_axes(its.inputs)} -> {write_axes(its.outputs)}"
             return f"has axes of one side alone of {write_axes(own)!r}, {sides}"

@@ -24,6 +24,7 @@ from functitan.pipeline.schedule import Schedule
 from functitan.pipeline.stages import Stage, check_stages, declarations, holders_of
 from functitan.pipeline.step import RUN, Part, Step, reduce_gradients
 from functitan.sharding.context import Env, current, within
+from functitan.transforms.closures import refuse_shards_of
 from functitan.transforms.microbatches import Sums, microbatch_size, replica_dims, rows
 
 WHERE = "ft.pipeline.value_and_grad"
@@ -99,6 +100,8 @@ def value_and_grad(
         kind = described(part), one.mesh and one.mesh.sizes, one.rules, one.precision
         edges = next((found for like, found in known if like == kind), None)
         if edges is None:
+            for stage in stages:
+                refuse_shards_of(stage.apply, dims, WHERE)
             edges = edges_of(stages, part, key, one, WHERE)
             known.append((kind, edges))
         own = dict(zip(tree.paths(params), tree.leaves(params), strict=True))

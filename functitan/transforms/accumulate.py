@@ -20,6 +20,7 @@ from functitan.ops.replica import merge, merge_scalars, one_replica, spread
 from functitan.sharding.context import Env, current, using
 from functitan.sharding.layout import axes_of, check_rank, divisibility, global_shape, layout_of
 from functitan.sharding.rules import AxisRules, check_rules
+from functitan.transforms.closures import refuse_shards_of
 from functitan.transforms.grad import add_gradients, described, has_derivative
 from functitan.transforms.microbatches import FIX_K, added, key_of, microbatch_size, replica_dims, rows, sum_and_beside
 
@@ -77,15 +78,24 @@ def accumulated(
     to_rules: AxisRules | None = None,
     *,
     zeros: bool = True,
+    looked: list[Any] | None = None,
 ) -> Callable[..., tuple[tuple[Tensor, tuple[Tensor, Any]], tree.Tree]]:
-    """`accumulate`; without `zeros` a leaf that no microbatch reaches has the gradient `None`: nothing is reduced."""
+    """`accumulate`; without `zeros` a leaf that no microbatch reaches has the gradient `None`: nothing is reduced.
+
+    `looked` keeps, over functions made anew for each step, that what `loss_fn` closes over has been looked through.
+    """
     if not isinstance(k, int) or isinstance(k, bool) or k < 1:
         raise FunctitanError(report(WHERE, [f"k is {k!r}: it must be a whole number of at least 1"], FIX_K))
+
+    looked = [] if looked is None else looked
 
     def gradients(params: tree.Tree, batch: Any, key: Tensor | None = None) -> Any:
         leaves, structure = tree.flatten(params)
         env = current()
         dims = replica_dims(batch_axis, env, WHERE)
+        if dims and dims not in looked:
+            refuse_shards_of(loss_fn, dims, WHERE)
+            looked.append(dims)
         mine = [i for i, is_trained in enumerate(which_trained(params, patterns, WHERE)) if is_trained]
         axes = _axes_of(params, patterns, mine, to_rules, env)
         size = microbatch_size(batch, k, dims, env, WHERE)
@@ -105,7 +115,8 @@ def accumulated(
             with using(one_replica(dims)):
                 total, counted, sums = add_gradients(sum_of, given, sums, reached)
             scalars = added(scalars, total, counted)
-        copies.clear(), given.clear()
+        copies.clear()
+        given.clear()
         values, places = tree.flatten(scalars)
         total, count, aux = tree.unflatten(places, merge_scalars(values, dims))
         count = count.clamp(min=1)

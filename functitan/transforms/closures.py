@@ -1,4 +1,4 @@
-"""What a function reaches by other ways than its arguments: differentiated tensors, and random generators.
+"""What a function reaches by other ways than its arguments: tensors, and random generators.
 
 Invariant: nothing is run. Cells, defaults, partial arguments, bound objects and the functions among them are looked
 through; globals are not, but for generators, and modules of them, that the function's own code names.
@@ -17,14 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from functitan import tree
+from functitan.errors import LayoutError, report
 from functitan.ops.function import is_differentiated
+from functitan.sharding.cut import cut_of
+from functitan.sharding.rules import Dims
 
 GENERATORS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
 
 
 def closed_over(fn: Any) -> Iterator[tuple[str, Tensor]]:
     """(path, tensor) of each tensor in `fn` that autograd or a torch.func transform tracks."""
-    return ((path, x) for path, x in _within(fn, "", set()) if isinstance(x, Tensor))
+    tensors = ((path, x) for path, x in _within(fn, "", set()) if isinstance(x, Tensor))
+    return ((path, x) for path, x in tensors if is_differentiated(x))
 
 
 def closure_problems(fn: Any) -> list[str]:
@@ -36,12 +40,26 @@ def problems_and_generators(fn: Any) -> tuple[list[str], list[Any]]:
     """The same, and the random generators that the function reaches, other than torch's own."""
     problems, generators = [], {}
     for path, x in _within(fn, "", set()):
-        if isinstance(x, Tensor):
+        if not isinstance(x, Tensor):
+            generators[id(x)] = x
+        elif is_differentiated(x):
             what = f"a tensor {tuple(x.shape)} that is differentiated and would get no gradient"
             problems.append(f"it closes over {path}, {what}")
-        else:
-            generators[id(x)] = x
     return problems, list(generators.values())
+
+
+def refuse_shards_of(fn: Any, dims: Dims, what: str) -> None:
+    """Raise `LayoutError` for shards over these mesh dims in `fn`, the program of one replica: they lie whole there."""
+    tensors = ((path, x) for path, x in _within(fn, "", set()) if isinstance(x, Tensor))
+    cuts = ((path, cut) for path, x in tensors if (cut := cut_of(x)) is not None)
+    over = lambda layout: any(dim in dims for its in layout.dims for dim in its)
+    problems = [f"it closes over {path}, a shard, {cut}" for path, cut in cuts if over(cut.layout)]
+    if problems:
+        fix = (
+            "put it among the parameters, and freeze it there: ft.trainable(declarations, globs of what is trained); "
+            "what all examples share but is no parameter may be whole: ft.unshard(x, pattern, mesh=, rules=)"
+        )
+        raise LayoutError(report(f"{what}, whose replicas have what is closed over whole", problems, fix))
 
 
 def _within(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
@@ -54,8 +72,7 @@ def _within(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
     if isinstance(value, types.FunctionType):
         yield from ((path, found) for found in _named(value))
     if isinstance(value, Tensor):
-        if is_differentiated(value):
-            yield repr(path), value
+        yield repr(path), value
         return
     for name, part in _parts(value):
         own = f"{path}.{name}" if path else name

@@ -79,7 +79,7 @@ class Compiled:
         tensors, form = split((args, kwargs))
         wanted = tuple(i for i, x in enumerate(tensors) if requires_gradient(x))
         env = current()
-        if transforms_active() or torch.is_grad_enabled():
+        if transforms_active() or torch.is_grad_enabled() or autocast_is_on():
             _check(self, env)
         its = _Call(self, env, form, wanted, [])
         values = _Forward.apply(its, *tensors)

@@ -52,12 +52,9 @@ MISTAKES = {
         ft.DonatedError,
         """\
         ft.train_step: the state:
-          - params.v was donated to step 0 of ft.train_step: its buffer holds newer values now
           - params.w was donated to step 0 of ft.train_step: its buffer holds newer values now
           - opt_state.0.0 was donated to step 0 of ft.train_step: its buffer holds newer values now
-          - opt_state.0.1.v was donated to step 0 of ft.train_step: its buffer holds newer values now
           - opt_state.0.1.w was donated to step 0 of ft.train_step: its buffer holds newer values now
-          - opt_state.0.2.v was donated to step 0 of ft.train_step: its buffer holds newer values now
           - opt_state.0.2.w was donated to step 0 of ft.train_step: its buffer holds newer values now
           Fix: use the state that the step returned, clone what you keep, or make the step with donate=False""",
     ),
