@@ -26,12 +26,12 @@ from functitan.checkpoint.files import Place, clear_errors, locate, remove
 from functitan.checkpoint.history import DAMAGED, MARK, Saved, found, free_name, leftovers, mark_of, removable
 from functitan.checkpoint.leaves import device_among, mesh_of
 from functitan.checkpoint.restore import restore
-from functitan.checkpoint.save import TIMEOUT_S, begin, is_seconds, together
+from functitan.checkpoint.save import TIMEOUT_S, begin, together
 from functitan.checkpoint.stage import Buffers, staged
 from functitan.checkpoint.termination import termination
 from functitan.checkpoint.write import Part, write_part
 from functitan.errors import CheckpointError, FunctitanError, report
-from functitan.sharding.mesh import Mesh, is_size
+from functitan.sharding.mesh import Mesh, is_seconds, is_size
 from functitan.sharding.rules import AxisRules
 
 GRACE_S = 30.0  # for a write that goes on when the run ends by an error

@@ -17,10 +17,11 @@ from functitan.checkpoint.compare import check_replicas
 from functitan.checkpoint.files import Place, clear_errors, is_complete, is_empty, locate
 from functitan.checkpoint.leaves import Leaf, device_among, leaves_of, mesh_of
 from functitan.checkpoint.write import Part, announce, part_of, write_part
-from functitan.errors import CheckpointError, CollectiveError, FunctitanError, PeerCheckpointError, report
+from functitan.errors import CaptureError, CheckpointError, CollectiveError, FunctitanError, PeerCheckpointError, report
 from functitan.param import Param
 from functitan.reading import path_text
-from functitan.sharding.mesh import Mesh
+from functitan.sharding.context import current
+from functitan.sharding.mesh import Mesh, is_seconds
 from functitan.sharding.rules import AxisRules
 
 TIMEOUT_S = 600.0
@@ -70,6 +71,9 @@ def begin(
 ) -> tuple[Place, Part]:
     """All that ranks must agree on before they write: an empty hidden directory, and who writes what."""
     what = f"ft.checkpoint.save to {path_text('ft.checkpoint.save', path)}"
+    if current().capture is not None:  # its tensors have no values, and the other ranks would not come
+        problem = "it is called inside a function that is being captured"
+        raise CaptureError(report(what, [problem], "save what the captured function returns"))
     place, known = locate(path), mesh_of(state, mesh)
 
     def clear() -> list[Leaf]:
@@ -98,11 +102,6 @@ def check_timeout(what: str, timeout: Any) -> None:
     """Raise `FunctitanError` unless it is a number of seconds."""
     if not is_seconds(timeout):
         raise FunctitanError(report(what, [f"timeout is {timeout!r}"], "give seconds, more than 0"))
-
-
-def is_seconds(x: Any) -> bool:
-    """True for a number above 0."""
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and x > 0
 
 
 def together(mesh: Mesh | None, does: str, work: Callable[[], Any]) -> Any:

@@ -54,6 +54,7 @@ def test_ranks_of_a_checked_captured_function_are_compared():
 
 MEETINGS = {
     "a virtual mesh": lambda mesh, x: ft.simulate(dp=2)(total)()[0] + x,
+    "a save": lambda mesh, x: (ft.checkpoint.save("memory://capture/x", {"x": x}, patterns="batch"), x)[1],
     "an agreement": lambda mesh, x: (mesh.transport.agree("saves"), x)[1],
 }
 
