@@ -27,7 +27,7 @@ def is_count(value: object) -> bool:
 
 def is_positive(value: object) -> bool:
     """A number above 0 that is neither infinite nor NaN."""
-    return type(value) in (int, float) and 0 < value <= MOST  # type: ignore[operator]
+    return (type(value) is float and 0 < value <= MOST) or is_count(value)
 
 
 def problems_of(given: dict[str, Any], fields: dict[str, Field], prefix: str = "") -> list[str]:
@@ -93,7 +93,7 @@ _is_share = lambda value: is_positive(value) and value <= 1
 _BOOL = lambda value: type(value) is bool
 _DICT = lambda value: isinstance(value, dict)
 _FALSE = lambda value: value is False
-_NOTHING = lambda value: value is None or value is False or value == {} or value == []
+_NOTHING = lambda value: value is None
 FIELDS = {
     "vocab_size": _sized(32000),
     "hidden_size": _sized(4096),
@@ -118,8 +118,8 @@ FIELDS = {
     ),
     "partial_rotary_factor": Field(1.0, _SHARE, _is_share),
     "original_max_position_embeddings": Field(None, _COUNT, is_count),
-    "quantization_config": Field(None, "absent: this Llama's weights are not quantized", _NOTHING),
-    "per_layer_config": Field(None, "absent: this Llama's layers are alike", _NOTHING),
+    "quantization_config": Field(None, "null: this Llama's weights are not quantized", _NOTHING),
+    "per_layer_config": Field(None, "null: this Llama's layers are alike", _NOTHING),
     "initializer_range": Field(0.02, "a float in [0, 1]", lambda value: type(value) is float and 0 <= value <= 1),
     "use_cache": Field(True, "true or false", _BOOL),
     "pretraining_tp": Field(1, "a whole number, or null", _or_null(_is_int)),

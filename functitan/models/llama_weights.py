@@ -10,7 +10,17 @@ from typing import Any, NamedTuple
 
 from functitan.errors import FunctitanError, report
 from functitan.models.llama import LlamaConfig
-from functitan.models.llama_fields import FIELDS, LLAMA3, ROPE, is_count, is_positive, problems_of, rope_of, value_of
+from functitan.models.llama_fields import (
+    FIELDS,
+    LLAMA3,
+    ROPE,
+    is_count,
+    is_positive,
+    problems_of,
+    rope_of,
+    said,
+    value_of,
+)
 from functitan.nn.rope import RopeScaling
 
 
@@ -66,6 +76,9 @@ def config_from(given: Any, file: str = "config.json") -> LlamaConfig:
     if not any(problem.startswith(("rope_", "max_position", "original")) for problem in problems):
         problems += _rope_problems(given)
     sizes = {name: value_of(given, name) for name in FIELDS}
+    vocab, padding = sizes["vocab_size"], sizes["pad_token_id"]
+    if is_count(vocab) and type(padding) is int and not -vocab <= padding < vocab:
+        problems.append(f"pad_token_id {said(padding)} is no token: vocab_size is {vocab}")
     width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     kv_heads, head_dim = sizes["num_key_value_heads"], sizes["head_dim"]
     if is_count(width) and is_count(heads):
