@@ -108,7 +108,7 @@ TRUTHS = ["tie_word_embeddings", "attention_bias", "mlp_bias", "use_cache"]
 IDS = ["pad_token_id", "bos_token_id", "eos_token_id", "pretraining_tp"]
 DICTS = ["rope_parameters", "rope_scaling", "quantization_config", "per_layer_config"]
 FIELDS = [*SIZED, *NUMBERS, *TRUTHS, *IDS, *DICTS, "hidden_act", "model_type", "original_max_position_embeddings"]
-ROPE = ["rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "partial_rotary_factor"]
+ROPE = ["rope_type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "partial_rotary_factor"]
 ROPE += ["original_max_position_embeddings"]
 
 
@@ -123,7 +123,7 @@ def test_each_field_with_each_odd_value(folder, field: str):
 @pytest.mark.parametrize("field", ROPE)
 def test_each_field_of_rotary_positions_with_each_odd_value(folder, field: str):
     homes = itertools.cycle(("rope_scaling", "rope_parameters"))
-    for home, value in zip(homes, ODD):  # noqa: B905 (one is endless)
+    for home, value in zip(homes, ODD[::2]):  # noqa: B905 (one is endless)
         rope = THREE | {field: value}
         assert_alike(BASE | {home: rope}, folder, name=home)
     assert_alike(BASE | {"rope_scaling": {name: it for name, it in THREE.items() if name != field}}, folder)
@@ -162,7 +162,7 @@ CONFIGS = st.fixed_dictionaries(
 
 
 @given(CONFIGS)
-@settings(max_examples=80)
+@settings(max_examples=40)
 def test_any_config_is_taken_as_transformers_takes_it(folder, fields: dict[str, Any]):
     assert_alike(fields, folder)
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from user_errors.given import LLAMA, data, llama
 
 import functitan as ft
+from user_errors.given import LLAMA, data, llama
 
 FOLDER = Path(tempfile.mkdtemp())
 CONFIG = llama.LlamaConfig(8, 8, 2, 2, 2, 4, 8)
@@ -86,7 +86,8 @@ MISTAKES = {
           - model.layers.2.mlp.gate_proj.weight is missing
           - model.layers.2.mlp.up_proj.weight is missing
           - model.layers.2.mlp.down_proj.weight is missing
-          Fix: nothing is allocated after a CheckpointError: give a directory whose config.json is that of its weights""",
+          Fix: nothing is allocated after a CheckpointError: \
+give a directory whose config.json is that of its weights""",
     ),
     "an index that leads out of its directory": (
         lambda: ft.checkpoint.from_huggingface(OUTSIDE),
