@@ -172,19 +172,25 @@ def private_homes_are_kept(modules: list[Module]) -> Iterator[str]:
 
 def files_are_read_without_running_code(modules: list[Module]) -> Iterator[str]:
     for m in modules:
-        bound = {local: dotted for node in ast.walk(m.tree) for local, dotted in imported(m, node)}
-        for node in ast.walk(m.tree):
-            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
-            if called in ("eval", "exec"):
-                yield f"{m.name}:{node.lineno}: {called} runs a text"
-            if called == "torch.load" and m.name not in PIPES and "weights_only=True" not in ast.unparse(node):
-                yield f"{m.name}:{node.lineno}: torch.load without weights_only=True runs a file"
-            if not isinstance(node, ast.Attribute | ast.Name):
+        nodes = list(ast.walk(m.tree))
+        bound = {local: dotted for node in nodes for local, dotted in imported(m, node)}
+        loaders = [local for local, its in bound.items() if LOADS.match(its) or LOADS.match(f"{its}.load")]
+        for node in nodes:
+            called = node.func if isinstance(node, ast.Call) else None
+            if isinstance(called, ast.Name) and called.id in ("eval", "exec"):
+                yield f"{m.name}:{node.lineno}: {called.id} runs a text"
+            if isinstance(called, ast.Attribute) and called.attr == "load" and m.name not in PIPES:
+                text = ast.unparse(node)
+                if text.startswith("torch.load(") and "weights_only=True" not in text:
+                    yield f"{m.name}:{node.lineno}: torch.load without weights_only=True runs a file"
+            root = node
+            while isinstance(root, ast.Attribute):
+                root = root.value
+            if not isinstance(root, ast.Name) or root.id not in loaders:
                 continue
             head, _, rest = ast.unparse(node).partition(".")
             name = ".".join(filter(None, [bound.get(head, head), rest]))
-            at_home = LOADS_AT_HOME.get(name) == m.name or m.name in PIPES
-            if LOADS.match(name) and not at_home:
+            if LOADS.match(name) and m.name not in (LOADS_AT_HOME.get(name), *PIPES):
                 yield f"{m.name}:{node.lineno}: uses {name}; only {LOADS_AT_HOME.get(name, 'nobody')} does"
 
 
