@@ -134,16 +134,21 @@ def _index(what: str, place: Place) -> tuple[dict[str, Entry], Checksums]:
         raise CheckpointError(
             report(what, [f"{METADATA} is damaged, or no checkpoint's: {error}"], _FIX_DAMAGED)
         ) from error
-    outside = [
+    problems = [
         f"{METADATA} has {item.path} in {item.file} from byte {item.start} to {item.start + item.length}"
         for entry in entries.values()
         for item in entry.items
-        if item.start + item.length > sizes.get(item.file, -1)
+        if item.start + item.length > sizes.get(item.file, -1) or item.length < _least(item, entry.dtype)
     ]
-    if outside:
-        problems = [*outside[:20], f"{CHECKSUMS} has no such bytes"]
-        raise CheckpointError(report(what, problems, _FIX_DAMAGED))
+    if problems:
+        lines = [*problems[:20], "these bytes are not there, or too few for its shape: nothing is allocated"]
+        raise CheckpointError(report(what, lines, _FIX_DAMAGED))
     return entries, checksums
+
+
+def _least(item: Item, dtype: torch.dtype | None) -> int:
+    """The bytes that an item has at least: those of its numbers."""
+    return 0 if dtype is None else math.prod(item.sizes) * dtype.itemsize
 
 
 def _seal(what: str, place: Place) -> tuple[dict[str, int], Checksums]:

@@ -333,20 +333,28 @@ def share(known: Any) -> None:
     known.state_dict_metadata["w"].chunks *= 10**5
 
 
+def grow(known: Any) -> None:
+    what = known.state_dict_metadata["w"]
+    what.size = what.chunks[0].sizes = torch.Size([10**6, 10**9])
+
+
 def swap(known: Any) -> None:
     (a, x), (b, y) = known.storage_data.items()
     known.storage_data = {a: y, b: x}
 
 
-@pytest.mark.parametrize("change", [lengthen, move, shrink, lose, share, swap], ids=lambda change: change.__name__)
+@pytest.mark.parametrize(
+    "change", [lengthen, move, shrink, lose, share, grow, swap], ids=lambda change: change.__name__
+)
 def test_metadata_that_lies_is_one_clear_error(wholes, tmp_path, change: Callable[[Any], None]):
     shutil.copytree(wholes["checkpoint"], path := tmp_path / "bad")
     known = pickle.loads((path / ".metadata").read_bytes())
     change(known)
     (path / ".metadata").write_bytes(pickle.dumps(known))
     seal(path)
-    with pytest.raises(CheckpointError, match=r"\.metadata|__0_0\.distcp"):
-        ft.checkpoint.restore(path, LIKE)
+    for like in (LIKE, None):  # without `like`, the file alone says what is allocated
+        with pytest.raises(CheckpointError, match=r"\.metadata|__0_0\.distcp"):
+            ft.checkpoint.restore(path, like)
 
 
 @pytest.mark.parametrize(
