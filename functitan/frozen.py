@@ -55,8 +55,9 @@ def trained(values: tree.Tree, patterns: tree.Tree) -> tree.Tree:
     >>> trained({"base": 1, "lora": 2}, {"base": Param("embed", (8,), trainable=False), "lora": "embed"})
     {'base': None, 'lora': 2}
     """
-    chosen = which_trained(values, patterns, "patterns")
-    return values if all(chosen) else tree.only(values, chosen)
+    if all(map(is_trained, tree.leaves(patterns))):
+        return values
+    return tree.only(values, which_trained(values, patterns, "patterns"))
 
 
 def which_trained(values: tree.Tree, patterns: tree.Tree, what: str) -> list[bool]:

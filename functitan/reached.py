@@ -23,6 +23,15 @@ class Part(NamedTuple):
     declarations: tree.Tree  # of all parameters
     structure: Any
     places: tuple[int, ...] | None
+    all_params: bool = False
+
+    def params_of(self, params: tree.Tree, grads: tree.Tree) -> tree.Tree:
+        """The parameters that have a gradient."""
+        return params if self.all_params else tree.also_in(grads, params, "ft.train_step: the gradients")
+
+    def params_back(self, part: tree.Tree, params: tree.Tree) -> tree.Tree:
+        """All parameters, with these."""
+        return part if self.all_params else tree.put_back(part, params)
 
     def of(self, opt_state: tree.Tree) -> tree.Tree:
         """This part of a state."""
@@ -49,7 +58,7 @@ def with_gradients_of(tx: GradientTransformation, state: TrainState, grads: tree
     """
     structure = tree.flatten(grads)[1]
     if structure == tree.flatten(state.params)[1]:
-        return Part(state.declarations, None, None)
+        return Part(state.declarations, None, None, all_params=True)
     found = known.get(structure)
     if found is None or found.declarations is not state.declarations:
         known[structure] = found = _found(tx, state.declarations, grads)

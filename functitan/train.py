@@ -106,12 +106,15 @@ def train_step(
             return accumulated(scaled, k, patterns, to_rules=gradients, zeros=False, looked=looked)
 
         def of_trained(params: tree.Tree, batch: Any, key: Tensor) -> Any:
+            mine = trained(params, patterns)
+
             def mean_loss(part: tree.Tree) -> tuple[Tensor, Any]:
-                (total, count), aux = scaled(tree.put_back(part, params), batch, key)
+                whole = part if mine is params else tree.put_back(part, params)
+                (total, count), aux = scaled(whole, batch, key)
                 counted = count_of(count, total).clamp(min=1)
                 return total / counted, (counted, aux)
 
-            return reaching(mean_loss, 0, True, lambda leaf: None)(trained(params, patterns))
+            return reaching(mean_loss, 0, True, lambda leaf: None)(mine)
 
         return of_trained
 
@@ -122,9 +125,10 @@ def train_step(
         patterns = tree.map(_pattern_of, state.declarations)
         scale = loss_scale(state.opt_state)
         (loss, (count, aux)), grads = with_gradients(scale, patterns)(state.params, batch, key)
-        grads = trained(grads, patterns)  # a function that was given may have others too
+        if value_and_grad is not None:
+            grads = trained(grads, patterns)  # it may have others too
         part = with_gradients_of(tx, state, grads, parts)
-        old = tree.also_in(grads, state.params, "ft.train_step: the gradients"), part.of(state.opt_state)
+        old = part.params_of(state.params, grads), part.of(state.opt_state)
         loss = loss if scale is None else loss / scale
         if current().checked:
             with using(current()._replace(rules=gradients or current().rules)):
@@ -141,7 +145,7 @@ def train_step(
         metrics = {"loss": loss, "count": count, **_norms(new[1]), **({} if aux is None else {"aux": aux}), **skipped}
         metrics |= {} if scale is None else {"loss_scale": scale}
         params, opt_state = _renewed(old, new, state.step) if donate else new
-        params, opt_state = tree.put_back(params, state.params), part.put_back(opt_state, state.opt_state)
+        params, opt_state = part.params_back(params, state.params), part.put_back(opt_state, state.opt_state)
         return replace(state, params=params, opt_state=opt_state, step=state.step + 1), metrics
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
