@@ -57,6 +57,8 @@ class TrainState:
 
         The optimizer state is what `tx.init` declares of the leaves that are trained (`ft.trainable`): a tree of
         `Param`. Raises `FunctitanError` where all are frozen.
+        To begin from other values, as of a file, put them in as shards of declared dtypes,
+        `dataclasses.replace(state, params=...)`: a step checks.
         """
         known = as_mesh(mesh)
         check_transformations("ft.TrainState.create", {"tx": tx})

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from functitan import random, tree
+from functitan.declared import Declared, check_declared
 from functitan.errors import FunctitanError, check_function, report
 from functitan.frozen import trained
 from functitan.optim import ClipState, GradientTransformation, apply_updates, loss_scale
@@ -90,6 +91,7 @@ def train_step(
     tells = {"zeros": False} if value_and_grad is not None and _tells_zeros(value_and_grad) else {}
     looked: list[Any] = []  # mesh dims for which the loss function's closure has been looked through
     parts: dict[Any, Part] = {}  # of states, by the structure of the gradients
+    said: list[Declared] = []
     known: list[Any] = []  # structures of optimizer states that are this optimizer's
 
     def with_gradients(scale: Tensor | None, patterns: tree.Tree) -> Callable[..., Any]:
@@ -152,6 +154,7 @@ def train_step(
         _check_state(state, tx, known)
         donated = OrderedDict(params=state.params, opt_state=state.opt_state)  # parameters first: errors list them so
         check_donated(donated, "ft.train_step: the state")
+        check_declared(state, "ft.train_step", said)
         outer, capture = current().mesh, current().capture
         due = _due(check, outer or state.mesh, seen[capture is not None])
         inner = checked(run) if due and capture is None else run

@@ -33,7 +33,8 @@ LAYERS = [
     ["ops", "ops.*", "random", "capture", "capture.*"],
     ["nn", "nn.*", "transforms", "transforms.*"],
     ["models", "models.*", "pipeline", "pipeline.*", "optim", "optim.*"],
-    ["checkpoint", "checkpoint.*", "data", "data.*", "metrics", "breakdown", "profiling", "module", "state", "reached"],
+    ["checkpoint", "checkpoint.*", "data", "data.*", "metrics", "breakdown", "profiling", "module", "state", "reached"]
+    + ["declared"],
     ["train", "testing", "testing.*"],
 ]
 STRANGERS = [{"nn", "transforms"}]  # packages that do not import each other

@@ -142,7 +142,7 @@ def _transposed(
     given = tuple(i for i, g in enumerate(grads) if g is not None)
     typed = cotangents(static.typed._replace(sizes=static.full.sizes), wanted, given)
     typed, results, used = _used(typed)
-    inputs = _values(static, tensors, (grads[i] for i in given), used)
+    inputs = _values(static, tuple(map(_conjugate, tensors)), (grads[i] for i in given), used)
     n = len(static.typed.operands)
     roles = tuple(i if i < n else n + given[i - n] for i in used)
     full, _ = resolve(typed, inputs, call.env, static.label)
@@ -221,6 +221,11 @@ def _values(static: Static, saved: tuple[Tensor, ...], more: Iterable[Any], used
     """The operands that are used, of those saved (none are, where none will be used) and those that came later."""
     values = [*(saved or (None,) * len(static.typed.operands)), *more]
     return tuple(values[i] for i in used)
+
+
+def _conjugate(x: Tensor) -> Tensor:
+    """What an operand stands for in the transpose of its product: torch's cotangents are conjugate."""
+    return x.conj() if x.is_complex() else x
 
 
 def _used(typed: Contraction) -> tuple[Contraction, list[int], list[int]]:

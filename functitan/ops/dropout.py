@@ -32,7 +32,7 @@ def dropout(pattern: str, x: Tensor, key: Tensor, rate: float) -> Tensor:
     tensor([0., 2.])
     """
     axes, env = parse_axes(pattern), current()
-    check_operands(f"dropout({pattern!r})", Operand("x", x, axes, "float"))
+    check_operands(f"dropout({pattern!r})", Operand("x", x, axes, "inexact"))
     threefry.check_key(key, f"dropout({pattern!r})")
     if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
         found = rate if isinstance(rate, (int, float)) else f"a {type(rate).__name__}"

@@ -148,6 +148,11 @@ def transforms_active() -> bool:
     return functorch.peek_interpreter_stack() is not None
 
 
+def has_derivative(x: Any) -> bool:
+    """True for tensors of floating-point or complex numbers."""
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+
+
 def is_differentiated(x: Tensor) -> bool:
     """True for a tensor that plain autograd tracks, or that a torch.func transform has wrapped."""
     return x.requires_grad or functorch.is_functorch_wrapped_tensor(x)
@@ -212,7 +217,7 @@ class _NamedOp(torch.autograd.Function):
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(y for y in output if not y.is_floating_point()))
+        ctx.mark_non_differentiable(*(y for y in output if not has_derivative(y)))
         if len(output) > 1:
             ctx.zeros = [partial(torch.zeros, y.shape, dtype=y.dtype, device=y.device) for y in output]
 

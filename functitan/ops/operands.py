@@ -12,6 +12,7 @@ from torch import Tensor
 
 from functitan.axes import Axes, write_axes
 from functitan.errors import PatternError, RulesError, report
+from functitan.ops.function import has_derivative
 from functitan.ops.types import layout_here
 from functitan.sharding.context import current
 from functitan.sharding.cut import MARK, refuse_shards
@@ -21,7 +22,7 @@ from functitan.sharding.layout import whole
 class Operand(NamedTuple):
     """One tensor of a call: its name in errors, itself, its axes, and what it holds.
 
-    That is "any", "number" (no bool), "float", "int" or "int64".
+    That is "any", "number" (no bool), "inexact" (real or complex), "float", "int" or "int64".
     """
 
     name: str
@@ -105,6 +106,8 @@ def _alone(operand: Operand, several: bool) -> list[tuple[str, str]]:
 
 
 def _holds(x: Tensor, kind: str) -> bool:
+    if kind == "inexact":
+        return has_derivative(x)
     if kind in ("any", "number"):
         return kind == "any" or x.dtype != torch.bool
     return x.is_floating_point() if kind == "float" else x.dtype in _INTEGERS[kind]
@@ -150,6 +153,7 @@ _FIX_TENSOR = "give tensors: torch.as_tensor(x)"
 _FIX_RANK = "name each dimension of the tensor once, in order"
 _KINDS = {  # what is wanted, and the fix
     "number": ("numbers", "cast by x.float()"),
+    "inexact": ("floating-point numbers", "cast by x.float()"),
     "float": ("floating-point numbers", "cast by x.float()"),
     "int": ("integers", "cast by x.long()"),
     "int64": ("64-bit integers", "cast by x.long()"),

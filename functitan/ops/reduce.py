@@ -26,6 +26,7 @@ from functitan.sharding.precision import in_compute, widened
 from functitan.sharding.steps import Label
 
 _OPS = ("sum", "mean", "max", "logsumexp")
+_KINDS = {"sum": "any", "mean": "inexact"}
 
 
 def reduce(pattern: str, x: Tensor, op: str = "sum") -> Tensor:
@@ -43,7 +44,7 @@ def reduce(pattern: str, x: Tensor, op: str = "sum") -> Tensor:
         raise PatternError(
             report(f"reduce({pattern!r})", [f"unknown op {op!r}{nearest(str(op), _OPS)}"], f"use one of {list(_OPS)}")
         )
-    check_operands(f"reduce({pattern!r}, op={op!r})", Operand("x", x, axes, "any" if op == "sum" else "float"))
+    check_operands(f"reduce({pattern!r}, op={op!r})", Operand("x", x, axes, _KINDS.get(op, "float")))
     if op == "max" and isinstance(x, Tensor) and not x.numel():
         gone = [axis for axis, n in zip(axes, x.shape, strict=True) if n == 0]
         problem = f"axis {gone[0]!r} is empty, and nothing has no maximum"

@@ -13,7 +13,7 @@ from functitan import tree
 from functitan.errors import FunctitanError, report
 from functitan.optim.kernels import adam_, owned
 from functitan.optim.schedules import Schedule
-from functitan.optim.state import aligned, check_state, scalar_beside, zeros_beside
+from functitan.optim.state import aligned, check_real, check_state, scalar_beside, zeros_beside
 from functitan.optim.transform import (
     GradientTransformation,
     Mask,
@@ -58,7 +58,7 @@ def adamw(
 def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> GradientTransformation:
     """From gradients to Adam's direction: `mu / (1 - b1^t) / (sqrt(nu / (1 - b2^t)) + eps)`.
 
-    The moments have the parameters' dtypes. Kingma and Ba, arXiv:1412.6980.
+    The moments have the parameters' dtypes; complex ones are refused by `init`. Kingma and Ba, arXiv:1412.6980.
     """
     problems = [f"{name} is {b}: it must lie in [0, 1)" for name, b in (("b1", b1), ("b2", b2)) if not 0 <= b < 1]
     problems += [f"eps is {eps}: it must not be negative"] if eps < 0 else []
@@ -66,6 +66,7 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Grad
         raise FunctitanError(report("scale_by_adam", problems, "usual are b1=0.9, b2=0.95 or 0.999, eps=1e-8"))
 
     def init(params: tree.Tree) -> AdamState:
+        check_real("scale_by_adam", params)
         return AdamState(scalar_beside(params, torch.int64), zeros_beside(params), zeros_beside(params))
 
     def update(updates, state, params=None, patterns=None, donate=False):

@@ -18,7 +18,7 @@ from functitan.errors import FunctitanError, report
 from functitan.ops.reduce import broadcast, reduce
 from functitan.optim.kernels import owned
 from functitan.optim.patterns import Leaf, leaves_of, named_axes
-from functitan.optim.state import check_state, described, scalar_beside
+from functitan.optim.state import check_real, check_state, described, scalar_beside
 from functitan.optim.transform import GradientTransformation
 from functitan.param import Param, zeros
 from functitan.sharding.context import current, using
@@ -49,6 +49,7 @@ def scale_by_factored_rms(beta2_decay: float = -0.8, eps: float | None = None) -
         raise FunctitanError(report("scale_by_factored_rms", problems, "usual are beta2_decay=-0.8, eps=None"))
 
     def init(params: tree.Tree) -> FactoredState:
+        check_real("scale_by_factored_rms", params)
         leaves, structure = tree.flatten(params)
         made = [[_zeros(x, axes) for axes in _statistics(named_axes(x))] for x in leaves]
         parts = (tree.unflatten(structure, [statistics[k] for statistics in made]) for k in range(3))

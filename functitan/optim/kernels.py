@@ -32,8 +32,8 @@ def owned(leaves: list[Tensor], donate: bool) -> list[Tensor]:
 
 
 def wide_dtype(dtypes: list[torch.dtype]) -> torch.dtype:
-    """The dtype to sum in: the widest of these, float32 at least."""
-    return reduce(torch.promote_types, set(dtypes), torch.float32)
+    """The dtype to sum in, of real numbers: the widest of these, float32 at least."""
+    return reduce(torch.promote_types, {dtype.to_real() for dtype in dtypes}, torch.float32)
 
 
 def scale_(xs: list[Tensor], factor: float | Tensor) -> None:
@@ -71,6 +71,7 @@ def lerp_(xs: list[Tensor], ys: list[Tensor], weight: float) -> None:
 def squares(xs: list[Tensor], dtype: torch.dtype) -> Tensor:
     """The sum of the squares of each tensor, `[len(xs)]`, in `dtype`."""
     assert xs
+    xs = [torch.view_as_real(x) if x.is_complex() else x for x in xs]
     return torch.stack(torch._foreach_norm(xs, 2.0, dtype=dtype)).square()
 
 

@@ -11,7 +11,7 @@ from functitan import tree
 from functitan.errors import FunctitanError, report
 from functitan.optim.kernels import lion_, owned
 from functitan.optim.schedules import Schedule
-from functitan.optim.state import aligned, check_state, zeros_beside
+from functitan.optim.state import aligned, check_real, check_state, zeros_beside
 from functitan.optim.transform import (
     GradientTransformation,
     Mask,
@@ -63,4 +63,8 @@ def scale_by_lion(b1: float = 0.9, b2: float = 0.99) -> GradientTransformation:
         structure = tree.flatten(updates)[1]
         return tree.unflatten(structure, grads), LionState(tree.unflatten(structure, mu))
 
-    return GradientTransformation(lambda params: LionState(zeros_beside(params)), update)
+    def init(params: tree.Tree) -> LionState:
+        check_real("scale_by_lion", params)
+        return LionState(zeros_beside(params))
+
+    return GradientTransformation(init, update)

@@ -21,7 +21,7 @@ from functitan.optim.matrices import Matrices, Matrix, as_matrices, parse_matric
 from functitan.optim.patterns import Leaf, leaves_of, named_axes
 from functitan.optim.schedules import Schedule
 from functitan.optim.sgd import MomentumState
-from functitan.optim.state import aligned, check_state, zeros_beside
+from functitan.optim.state import aligned, check_real, check_state, zeros_beside
 from functitan.optim.transform import (
     GradientTransformation,
     Mask,
@@ -90,6 +90,7 @@ def scale_by_muon(
     table = parse_matrices("scale_by_muon", matrices or {})
 
     def init(params: tree.Tree) -> MomentumState:
+        check_real("scale_by_muon", params)
         pairs = zip(tree.paths(params), tree.leaves(params), strict=True)
         declared = [(path, named_axes(x)) for path, x in pairs if isinstance(x, Param)]  # of tensors update is told
         as_matrices("scale_by_muon", table, declared)

@@ -39,6 +39,18 @@ def scalar_beside(params: tree.Tree, dtype: torch.dtype) -> Any:
     return torch.zeros((), dtype=dtype, device=leaves[0].device if leaves else None)
 
 
+def check_real(what: str, params: tree.Tree) -> None:
+    """Raise `FunctitanError` that lists complex leaves: their squares, signs and orders are not those of numbers."""
+    bad = [
+        f"{path or 'the leaf'} is {str(leaf.dtype).removeprefix('torch.')}"
+        for path, leaf in zip(tree.paths(params), tree.leaves(params), strict=True)
+        if getattr(getattr(leaf, "dtype", None), "is_complex", False)
+    ]
+    if bad:
+        fix = "keep such a leaf as real numbers (torch.view_as_complex of it in the loss), or train by ft.optim.sgd"
+        raise FunctitanError(report(f"{what}: parameters that are complex", bad, fix))
+
+
 def aligned(what: str, updates: tree.Tree, **others: tree.Tree) -> tuple[list[Tensor], ...]:
     """The leaves of trees of one structure. Raises `FunctitanError` that lists each leaf of another shape or dtype."""
     leaves, structure = tree.flatten(updates)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from functitan.ops.function import has_derivative
 from functitan.sharding.context import Env, using
 from functitan.sharding.deferred import Deferred
 from functitan.transforms.add_into import add_into
@@ -47,14 +48,14 @@ def forward(
         mine = [i for i, total in enumerate(sums) if total is not None]
         totals = [total for total in sums if total is not None]
         leaves = tuple(weights[i].detach().requires_grad_() for i in mine)
-        given = [x.detach().requires_grad_() if _has_gradient(x) else x for x in inputs]
+        given = [x.detach().requires_grad_() if has_derivative(x) else x for x in inputs]
         used = [add_into(x, totals[n], reached, n) for n, x in enumerate(leaves)]
         deferred = Deferred(used, totals, reached, waits=split)
         full = dict(enumerate(weights)) | dict(zip(mine, used, strict=True))
         with using(env._replace(differentiated=True, deferred=deferred)):
             results, beside = fn(list(full.values()), given)
         ends = tuple(get_gradient_edge(y) if y.requires_grad else None for y in results)
-    starts = tuple(x if _has_gradient(x) else None for x in given)
+    starts = tuple(x if has_derivative(x) else None for x in given)
     return [y.detach() for y in results], beside, Pass(ends, starts, leaves, deferred)
 
 
@@ -73,7 +74,3 @@ def backward(its: Pass, cotangents: Sequence[Tensor | None]) -> tuple[Tensor | N
 def weight_half(its: Pass) -> None:
     """Work out the gradients that wait, and add them up."""
     its.deferred.run()
-
-
-def _has_gradient(x: Tensor) -> bool:
-    return x.is_floating_point() or x.is_complex()

@@ -186,7 +186,8 @@ def _captured(kind: str, x: Tensor, dims: Dims, env: Env, label: Label, *options
     assert env.mesh is not None and env.capture is not None
     detail, n = str(options[0]) if options else "", env.mesh.sizes.size(dims)
     place = env.capture.place(env.mesh)
-    return collective(x, kind, place, n, " ".join(dims), detail, *label, env.phase, env.recomputed)
+    sent = collective(_on_wire(x), kind, place, n, " ".join(dims), detail, *label, env.phase, env.recomputed)
+    return torch.view_as_complex(sent) if x.is_complex() else sent
 
 
 def _entered(kind: str, x: Tensor, dims: Dims, env: Env, label: Label, options: tuple, hidden: bool) -> Entry | None:
@@ -206,7 +207,13 @@ def _entered(kind: str, x: Tensor, dims: Dims, env: Env, label: Label, options: 
 
 def _begun(kind: str, x: Tensor, dims: Dims, env: Env, label: Label, *options: Any) -> Wait:
     assert env.mesh is not None
-    return getattr(env.mesh.transport, kind)(x, dims, *options, label)
+    wait = getattr(env.mesh.transport, kind)(_on_wire(x), dims, *options, label)
+    return (lambda: torch.view_as_complex(wait())) if x.is_complex() else wait
+
+
+def _on_wire(x: Tensor) -> Tensor:
+    """What is sent: the numbers themselves, where a view only says that they are conjugate; complex ones as pairs."""
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x.resolve_neg()
 
 
 def _span(name: str | None) -> AbstractContextManager[Any]:

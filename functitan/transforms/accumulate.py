@@ -16,12 +16,13 @@ from functitan import tree
 from functitan.axes import Axes
 from functitan.errors import FunctitanError, LayoutError, PatternError, report
 from functitan.frozen import which_trained
+from functitan.ops.function import has_derivative
 from functitan.ops.replica import merge, merge_scalars, one_replica, spread
 from functitan.sharding.context import Env, current, using
 from functitan.sharding.layout import axes_of, check_rank, divisibility, global_shape, layout_of
 from functitan.sharding.rules import AxisRules, check_rules
 from functitan.transforms.closures import refuse_shards_of
-from functitan.transforms.grad import add_gradients, described, has_derivative
+from functitan.transforms.grad import add_gradients, described
 from functitan.transforms.microbatches import FIX_K, added, key_of, microbatch_size, replica_dims, rows, sum_and_beside
 
 WHERE = "ft.accumulate"

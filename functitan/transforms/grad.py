@@ -14,7 +14,7 @@ from torch import Tensor
 
 from functitan import tree
 from functitan.errors import FunctitanError, check_function, report
-from functitan.ops.function import transforms_active
+from functitan.ops.function import has_derivative, transforms_active
 from functitan.sharding.context import Env, current, using, within
 from functitan.sharding.cut import carry_cut
 from functitan.transforms.add_into import add_into
@@ -257,11 +257,6 @@ def _check_leaves(args: list[Any], places: tuple[int, ...]) -> None:
     if problems:
         fix = "pass such leaves in another argument, or choose argnums"
         raise FunctitanError(report("ft.value_and_grad", problems, fix))
-
-
-def has_derivative(leaf: Any) -> bool:
-    """True for tensors of floating-point or complex numbers."""
-    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
 def described(leaf: Any) -> str:

@@ -19,7 +19,7 @@ from torch.fx.traceback import annotate  # not stable: tried on torch 2.13
 from torch.utils._python_dispatch import _disable_current_modes  # private: tried on torch 2.13
 
 from functitan.errors import FunctitanError, report
-from functitan.ops.function import Call, current_level, is_differentiated, transforms_active
+from functitan.ops.function import Call, current_level, has_derivative, is_differentiated, transforms_active
 from functitan.sharding.collectives import refuse_forward_mode
 from functitan.sharding.context import Env, current, using
 from functitan.sharding.explain import shapes_only
@@ -215,7 +215,7 @@ class _Region(torch.autograd.Function):
         ctx.save_for_backward(*tensors, *stored)
         ctx.save_for_forward(*tensors, *stored)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(y for y in output[:count] if not y.is_floating_point()), *stored)
+        ctx.mark_non_differentiable(*(y for y in output[:count] if not has_derivative(y)), *stored)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
