@@ -104,6 +104,12 @@ def adam_(
             lr=-1.0, beta1=b1, beta2=b2, weight_decay=-1.0, eps=eps, amsgrad=False, maximize=False,
         )  # fmt: skip
         return
+    if any(x.dtype.itemsize < 4 for xs in (grads, mu, nu) for x in xs):  # eps and squares would be lost
+        g, m, n = ([x.to(wide_dtype([x.dtype])) for x in xs] for xs in (grads, mu, nu))
+        adam_(g, m, n, count, b1, b2, eps)
+        for xs, ys in ((grads, g), (mu, m), (nu, n)):
+            copy_(xs, ys)
+        return
     lerp_(mu, grads, 1 - b1)
     torch._foreach_mul_(nu, b2)
     torch._foreach_addcmul_(nu, grads, grads, 1 - b2)

@@ -323,7 +323,7 @@ CHANGES = {
     "more": (lambda s: dict(params={**s.params, "c": torch.ones(1)}), r"c"),
     "no tensor": (lambda s: dict(params={**s.params, "b": [0.0] * 4}), r"b"),
     "numpy": (lambda s: dict(params={**s.params, "b": s.params["b"].numpy()}), r"b is a ndarray"),
-    "moments": (lambda s: dict(opt_state=ft.tree.map(BF16, s.opt_state)), r"opt_state.*mu\.w is bfloat16"),
+    "moments": (lambda s: dict(opt_state=ft.tree.map(BF16, s.opt_state)), r"opt_state.*b is bfloat16"),
 }  # fmt: skip
 
 
