@@ -31,7 +31,7 @@ from functitan.ops.loss import cross_entropy
 from functitan.ops.move import constrain, reshard, shard, unshard
 from functitan.ops.norm import layer_norm, rms_norm
 from functitan.ops.rearrange import rearrange
-from functitan.ops.reduce import broadcast, reduce
+from functitan.ops.reduce import broadcast, count, reduce
 from functitan.param import Param
 from functitan.profiling import profile
 from functitan.sharding.context import as_mesh, record, spmd
@@ -88,6 +88,7 @@ __all__ = [
     "compile",
     "constrain",
     "context_parallel",
+    "count",
     "cross_entropy",
     "data",
     "dropout",

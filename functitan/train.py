@@ -32,10 +32,12 @@ from functitan.sharding.mesh import Mesh
 from functitan.sharding.rules import AxisRules
 from functitan.state import TrainState, declared_state
 from functitan.transforms.accumulate import accumulated
-from functitan.transforms.checked import check_step, checked
+from functitan.transforms.beside import check_ways, part_of
+from functitan.transforms.checked import Held, check_step, checked, held_in
 from functitan.transforms.donate import check_donated, mark_donated
 from functitan.transforms.grad import reaching
-from functitan.transforms.loss import count_of, split_loss
+from functitan.transforms.loss import count_of, divisor, is_on_mesh, split_loss
+from functitan.transforms.own_batch import check_batch
 
 
 def train_step(
@@ -48,15 +50,20 @@ def train_step(
     value_and_grad: Callable[..., Any] | None = None,
     check: bool | str = "first",
     nonfinite: str = "raise",
+    aux: tree.Tree = None,
+    batch_patterns: tree.Tree = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]:
     """`step(state, batch) -> (state, metrics)` of `loss_fn(params, batch, key) -> (sum, count)`.
 
-    Gradients are those of sum / count; the function may give `((sum, count), aux)` too. `batch` holds this rank's
-    shards (`ft.shard`). Metrics are tensors, equal on every rank: "loss", "count", "grad_norm" where the optimizer
-    clips by it, "loss_scale" where it scales the loss (`ft.optim.dynamic_loss_scale`), and "aux" where there is one.
-    With `donate` the state's buffers are updated in place, and the old state raises `DonatedError` if it is used again.
-    `accumulate` is the number of microbatches that the batch is computed in, with one reduction for each weight: see
-    `ft.accumulate`. `gradients` is the table for the layout of gradients, that of `ft.optim.stored(tx, rules=...,
+    Gradients are those of sum / count, both over the whole batch: on a mesh a count is `ft.count` of a tensor, or
+    `ft.reduce` of a mask, and no number of Python. Where nothing counts, loss and gradients are 0. The function may
+    give `((sum, count), aux)` too. `batch` holds this rank's shards (`ft.shard`). Metrics are tensors, equal on every
+    rank: "loss", "count", "grad_norm" where the optimizer clips by it, "loss_scale" where it scales the loss
+    (`ft.optim.dynamic_loss_scale`), and "aux" where there is one. With `donate` the state's buffers are updated in
+    place, and the old state raises `DonatedError` if it is used again. `accumulate` is the number of microbatches that
+    the batch is computed in, with one reduction for each weight: see `ft.accumulate`, whose `aux` and `batch_patterns`
+    these are, too: how values beside the loss are merged ("mean", "sum", "last"), and which leaves of the batch all
+    examples share. `gradients` is the table for the layout of gradients, that of `ft.optim.stored(tx, rules=...,
     gradients=...)`: ZeRO-2. `value_and_grad` takes the gradients instead, and `loss_fn` is `None` then: a function
     `(params, batch, key, *, scale) -> ((loss, (count, aux)), grads)`, as `ft.pipeline.value_and_grad` makes one; where
     `scale` is not `None`, it is that of a scaled loss. Runs on the state's mesh unless called inside `ft.spmd`.
@@ -65,7 +72,9 @@ def train_step(
     are, and so is their optimizer state: no decay moves them, as in `torch.optim`.
 
     `check`: in which steps ranks compare programs and values (`ft.checked`, `ft.check_equal`): the "first" that this
-    function makes on a mesh, all (`True`), or none. Of a captured step ranks compare the collectives, before its first
+    function makes on a mesh, all (`True`), or none. Parameters, optimizer state, key, loss, count, aux and gradients
+    must be equal where no axis is sharded; the batch's shards must have one shape, and not be the same on all ranks
+    that should have parts of it. Of a captured step ranks compare the collectives, before its first
     run. `nonfinite`: with NaN or infinity in loss or gradients, on any rank, "raise" a `NonFiniteError` and leave the
     state as it was, valid; "skip" the update, so that only the state's step advances and the metric "skipped" is 1; or
     "ignore" it. The first two cost one pass over the gradients, an all-reduce of 4 bytes, and on an accelerator a wait
@@ -74,7 +83,7 @@ def train_step(
     >>> import functitan as ft
     >>> def loss(params, batch, key):
     ...     y = ft.einsum("batch embed, embed mlp -> batch mlp", batch, params["w"])
-    ...     return ft.reduce("batch mlp ->", y * y), y.numel()
+    ...     return ft.reduce("batch mlp ->", y * y), ft.count("batch mlp", y)
     >>> tx = ft.optim.sgd(0.1)
     >>> state = ft.TrainState.create({"w": ft.Param("embed mlp", (2, 3))}, tx, ft.random.key(0))
     >>> state, metrics = ft.train_step(loss, tx)(state, torch.ones(4, 2))
@@ -82,11 +91,12 @@ def train_step(
     (['count', 'loss'], 1)
     """
 
-    _check_given(loss_fn, value_and_grad, accumulate is not None or gradients is not None)
+    _check_given(loss_fn, value_and_grad, any(given is not None for given in (accumulate, gradients, aux)))
     check_transformations("ft.train_step", {"tx": tx})
     if check not in (True, False, "first"):
         raise FunctitanError(report("ft.train_step", [f"check is {check!r}"], "choose True, False or 'first'"))
     check_policy(nonfinite)
+    check_ways(aux, "ft.train_step")
     seen: tuple[WeakSet[Any], WeakSet[Any]] = WeakSet(), WeakSet()  # of meshes that had their first step, or capture
     tells = {"zeros": False} if value_and_grad is not None and _tells_zeros(value_and_grad) else {}
     looked: list[Any] = []  # mesh dims for which the loss function's closure has been looked through
@@ -100,21 +110,24 @@ def train_step(
 
         def scaled(params: tree.Tree, batch: Any, key: Tensor) -> tuple[tuple[Tensor, Any], Any]:
             assert loss_fn is not None
-            (total, count), aux = split_loss(loss_fn(params, batch, key), "ft.train_step")
-            return (total if scale is None else total * scale, count), aux
+            found = loss_fn(params, batch, key)
+            (total, count), beside = split_loss(found, "ft.train_step", is_on_mesh(current()))
+            return (total if scale is None else total * scale, count), beside
 
         if accumulate is not None or gradients is not None:
             k = 1 if accumulate is None else accumulate
-            return accumulated(scaled, k, patterns, to_rules=gradients, zeros=False, looked=looked)
+            options: Any = dict(to_rules=gradients, zeros=False, looked=looked)
+            return accumulated(scaled, k, patterns, aux=aux, batch_patterns=batch_patterns, **options)
 
         def of_trained(params: tree.Tree, batch: Any, key: Tensor) -> Any:
             mine = trained(params, patterns)
 
             def mean_loss(part: tree.Tree) -> tuple[Tensor, Any]:
                 whole = part if mine is params else tree.put_back(part, params)
-                (total, count), aux = scaled(whole, batch, key)
-                counted = count_of(count, total).clamp(min=1)
-                return total / counted, (counted, aux)
+                (total, count), beside = scaled(whole, batch, key)
+                counted = count_of(count, total)
+                beside = None if beside is None else part_of(beside, aux, "ft.train_step", True, total)
+                return total / divisor(counted), (counted, beside)
 
             return reaching(mean_loss, 0, True, lambda leaf: None)(mine)
 
@@ -123,18 +136,20 @@ def train_step(
     with_gradients(None, None)  # so that a bad number is named here
 
     def run(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        if current().checked:
+            check_batch(batch, batch_patterns)
         key = random.fold_in(state.key, state.step)
         patterns = tree.map(_pattern_of, state.declarations)
         scale = loss_scale(state.opt_state)
-        (loss, (count, aux)), grads = with_gradients(scale, patterns)(state.params, batch, key)
+        (loss, (count, beside)), grads = with_gradients(scale, patterns)(state.params, batch, key)
         if value_and_grad is not None:
             grads = trained(grads, patterns)  # it may have others too
         part = with_gradients_of(tx, state, grads, parts)
         old = part.params_of(state.params, grads), part.of(state.opt_state)
         loss = loss if scale is None else loss / scale
         if current().checked:
-            with using(current()._replace(rules=gradients or current().rules)):
-                check_step(loss, count, grads, patterns)
+            of_grads = held_in(grads, patterns, "gradients", gradients)
+            check_step(_held(state, tx), loss, count, beside, of_grads)
 
         def update(donate: bool) -> tuple[tree.Tree, tree.Tree]:
             params, opt_state = old
@@ -144,7 +159,13 @@ def train_step(
         policy = nonfinite if scale is None else "ignore"
         with using(current()._replace(phase="update")), torch.no_grad():
             new, skipped = within("update", guarded, policy, loss, grads, state.step, old, update, donate)
-        metrics = {"loss": loss, "count": count, **_norms(new[1]), **({} if aux is None else {"aux": aux}), **skipped}
+        metrics = {
+            "loss": loss,
+            "count": count,
+            **_norms(new[1]),
+            **({} if beside is None else {"aux": beside}),
+            **skipped,
+        }
         metrics |= {} if scale is None else {"loss_scale": scale}
         params, opt_state = _renewed(old, new, state.step) if donate else new
         params, opt_state = part.params_back(params, state.params), part.put_back(opt_state, state.opt_state)
@@ -176,7 +197,7 @@ def _check_given(loss_fn: Any, value_and_grad: Any, otherwise: bool) -> None:
         return check_function(loss_fn, "ft.train_step")
     check_function(value_and_grad, "ft.train_step: value_and_grad")
     problems = ["loss_fn is given too"] if loss_fn is not None else []
-    problems += ["accumulate and gradients belong to loss_fn"] if otherwise else []
+    problems += ["accumulate and gradients belong to loss_fn, and so does aux"] if otherwise else []
     if problems:
         fix = "write ft.train_step(None, tx, value_and_grad=...), or leave value_and_grad out"
         raise FunctitanError(report("ft.train_step: value_and_grad", problems, fix))
@@ -197,6 +218,13 @@ def _due(check: bool | str, mesh: Mesh | None, seen: WeakSet[Any]) -> bool:
     first = mesh.transport.agree not in seen
     seen.add(mesh.transport.agree)
     return first
+
+
+def _held(state: TrainState, tx: GradientTransformation) -> list[Held]:
+    """What ranks must begin a step with alike, where its declaration does not shard it."""
+    declared = declared_state(tx, state.declarations, "ft.train_step")
+    of_optimizer = held_in(state.opt_state, declared, "opt_state")
+    return [*held_in(state.params, state.declarations, "params"), *of_optimizer, *held_in(state.key, None, "key")]
 
 
 def _norms(opt_state: Any) -> dict[str, Tensor]:

@@ -20,7 +20,6 @@ def calling(k=2, fn=matmuls, params=None, batch=None, mesh=None, rules=RULES, **
     return run if mesh is None else lambda: ft.simulate(**mesh)(lambda mesh: ft.spmd(run, mesh=mesh, rules=rules)())()
 
 
-PER_ROW = lambda params, x, key: (matmuls(params, x, key), {"rows": x.sum(1), "sum": x.sum()})
 BAD = {  # what is wrong: (the call, the kind of error, its whole text)
     "k is not a number of microbatches": (
         lambda: ft.train_step(matmuls, ft.optim.sgd(0.1), accumulate=0),
@@ -46,15 +45,17 @@ BAD = {  # what is wrong: (the call, the kind of error, its whole text)
         ft.accumulate: the batch's tensors differ in size:
           - batch.mask: 4 examples on this rank
           - batch.x: 6 examples on this rank
-          Fix: the first axis of each tensor is the batch; close over tensors that all examples share""",
+          Fix: the first axis of each tensor is the batch; where all examples share one, give patterns that say so: \
+batch_patterns={'x': 'batch embed', 'mean': 'embed'}""",
     ),
     "the batch has no examples": (
         calling(batch={"rate": torch.ones(())}),
         ft.FunctitanError,
         """\
         ft.accumulate:
-          - the batch has no tensor with a first axis
-          Fix: the first axis of each tensor is the batch; close over tensors that all examples share""",
+          - the batch has no tensor with a batch axis
+          Fix: the first axis of each tensor is the batch; where all examples share one, give patterns that say so: \
+batch_patterns={'x': 'batch embed', 'mean': 'embed'}""",
     ),
     "parameters without a derivative": (
         calling(params={"up": torch.ones(8, 12), "down": torch.ones(12, 8), "steps": torch.tensor(3), "name": "x"}),
@@ -106,13 +107,13 @@ BAD = {  # what is wrong: (the call, the kind of error, its whole text)
           - up ('embed mlp', shape (64, 12)): axis 'mlp' of size 12 is not divisible by 8 (fsdp=8); 8 or 16 would be
           Fix: change the sizes, the mesh, or the rules of to_rules""",
     ),
-    "aux that is no scalar": (
-        calling(fn=PER_ROW),
+    "aux that is no number": (
+        calling(fn=lambda params, x, key: (matmuls(params, x, key), {"name": "x", "rows": x.sum(1)})),
         ft.FunctitanError,
         """\
-        ft.accumulate: aux is summed over microbatches and replicas:
-          - aux.rows is a tensor of shape (4,)
-          Fix: return scalars, sums over the batch: ft.reduce('batch seq ->', hits.float())""",
+        ft.accumulate: aux is merged over microbatches and replicas:
+          - aux.name is a str
+          Fix: return tensors and numbers beside the loss""",
     ),
     "a loss that is not (sum, count)": (
         calling(fn=lambda params, x, key: x.sum()),

@@ -29,7 +29,7 @@ BAD = {  # (the batch, the loss of sum sqrt(parameters * batch), the values that
 
 def roots(params, batch, key):
     parts = [ft.reduce(f"{LEAVES[name].pattern} ->", (params[name] * batch[name]).sqrt()) for name in LEAVES]
-    return parts[0] + parts[1] + parts[2], 1
+    return parts[0] + parts[1] + parts[2], torch.ones(())
 
 
 def steps(batches, sizes, nonfinite, donate=True, seen=lambda state, metrics: None):

@@ -73,11 +73,13 @@ def plain(fn: Callable) -> Callable:
 
 
 def scaled(params: Any, x: Any, key: Any) -> Any:
-    return ft.reduce("batch embed ->", x * params["scale"]), 4
+    return ft.reduce("batch embed ->", x * params["scale"]), ft.count("batch", x[:, 0])
 
 
 def broadcast(params: Any, x: Any, key: Any) -> Any:
-    return ft.reduce("batch embed ->", x * ft.broadcast("embed -> batch embed", params["scale"])), 4
+    return ft.reduce("batch embed ->", x * ft.broadcast("embed -> batch embed", params["scale"])), ft.count(
+        "batch", x[:, 0]
+    )
 
 
 def killed(params: Any, x: Any, key: Any) -> Any:

@@ -82,7 +82,7 @@ def test_it_trains_on_every_mesh_as_in_plain_torch(module, sizes: dict[str, int]
     def loss(params, batch, key):
         logits = function(params, batch["tokens"])
         losses = ft.cross_entropy("batch seq vocab, batch seq", logits, batch["labels"])
-        return ft.reduce("batch seq ->", losses), 20
+        return ft.reduce("batch seq ->", losses), ft.count("batch seq", losses)
 
     tx = ft.optim.adamw(1e-2, weight_decay=0.0)
     step = ft.train_step(loss, tx)

@@ -220,7 +220,7 @@ def quadratic(params, batch, key):
         ft.einsum(f"{pattern}, batch -> batch", (w - 1).square(), batch)
         for w, pattern in zip(tree.leaves(params), tree.leaves(PATTERNS), strict=True)
     ]
-    return ft.reduce("batch ->", sum(each)), 8
+    return ft.reduce("batch ->", sum(each)), ft.count("batch", batch)
 
 
 def test_explain_predicts_what_every_optimizer_sends_and_holds():

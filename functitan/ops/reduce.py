@@ -1,4 +1,4 @@
-"""`ft.reduce` over named axes, and `ft.broadcast`, its transpose.
+"""`ft.reduce` over named axes, and `ft.broadcast`, its transpose; `ft.count`, the sum of ones.
 
 Invariant: a sum's transpose is a broadcast and a broadcast's a sum, so that gradients of what is shared are summed over
 the ranks that share it. After a broadcast, plain elementwise torch ops are right.
@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from functitan.axes import Axes, parse_signature, write_axes
+from functitan.axes import Axes, parse_axes, parse_signature, write_axes
 from functitan.errors import PatternError, nearest, report
 from functitan.ops.contraction import contract, lift
 from functitan.ops.function import vmaps_around
@@ -88,6 +88,23 @@ def broadcast(pattern: str, x: Tensor, **sizes: int) -> Tensor:
     known = tuple((axis, sizes.get(axis, env.mesh.sizes.size(layout.of(axis)))) for axis in new)
     compute = None if env.precision is None else env.precision.compute
     return contract(typed._replace(sizes=known), (x,), env, label, compute=compute)[0]
+
+
+def count(pattern: str, x: Tensor) -> Tensor:
+    """The number of elements of the global tensor of which `x` is a shard: `[]`, int64, equal on every rank.
+
+    What `reduce` of ones over all axes of the pattern would give, from shapes and the layout alone: nothing is sent.
+    `x.numel()` is the number on this rank. So a loss of all elements counts them: `return total, ft.count("batch mlp",
+    y)`; those that a mask keeps are counted by `reduce("batch mlp ->", mask)`. Inside `ft.vmap` it is the number of
+    one example, inside `ft.accumulate` that of one replica's microbatch. Raises `PatternError`.
+
+    >>> count("batch mlp", torch.ones(4, 3))
+    tensor(12)
+    """
+    axes = parse_axes(pattern)
+    check_operands(f"count({pattern!r})", Operand("x", x, axes))
+    number = _count(axes, (), x, current(), Label("count", pattern))
+    return torch.full((), number, dtype=torch.int64, device=x.device)
 
 
 def _sum(axes: Axes, result: Axes, x: Tensor, env: Env, label: Label) -> Tensor:

@@ -64,22 +64,23 @@ def merge(axes: Axes, x: Tensor, dims: Dims, to_rules: AxisRules | None = None) 
     return contract(typed, (x.unsqueeze(0),), env, label)[0]
 
 
-def merge_scalars(values: list[Tensor], dims: Dims) -> list[Tensor]:
-    """The sums of the replicas' scalars, in one all-reduce for each dtype."""
+def merge_sums(values: list[Tensor], dims: Dims) -> list[Tensor]:
+    """The sums of the replicas' tensors, each equal in shape on all, in one all-reduce for each dtype."""
     if current().mesh is None or not dims:
         return values
     return in_rows(values, lambda row: merge(("_scalars",), row, dims))
 
 
-def in_rows(scalars: list[Tensor], sum_row: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Scalars after `sum_row`, which takes all of one dtype at once."""
+def in_rows(values: list[Tensor], sum_row: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Tensors after `sum_row`, which takes the elements of all of one dtype at once."""
     of_dtype: dict[torch.dtype, list[int]] = {}
-    for i, x in enumerate(scalars):
+    for i, x in enumerate(values):
         of_dtype.setdefault(x.dtype, []).append(i)
-    sums = list(scalars)
+    sums = list(values)
     for places in of_dtype.values():
-        for i, x in zip(places, sum_row(torch.stack([scalars[i] for i in places])).unbind(), strict=True):
-            sums[i] = x
+        row = sum_row(torch.cat([values[i].reshape(-1) for i in places]))
+        for i, x in zip(places, row.split([values[i].numel() for i in places]), strict=True):
+            sums[i] = x.reshape(values[i].shape)
     return sums
 
 

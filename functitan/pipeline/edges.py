@@ -6,7 +6,7 @@ a shape.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from functitan.sharding.context import Env, using
 from functitan.sharding.explain import shapes_only
 from functitan.sharding.layout import local_shape
 from functitan.transforms.flat import Form, join, split
-from functitan.transforms.microbatches import Sums, added, sum_and_beside
+from functitan.transforms.microbatches import Sums, added
 
 
 class Spec(NamedTuple):
@@ -64,9 +64,10 @@ class Edges(NamedTuple):
     sums: tuple[tuple[Spec, ...], Any]  # of the leaves, and the structure
 
 
-def edges_of(stages: Sequence[Stage], part: Any, key: Tensor | None, env: Env, where: str) -> Edges:
+def edges_of(stages: Sequence[Stage], part: Any, key: Tensor | None, env: Env, sums_of: Callable[..., Any]) -> Edges:
     """The edges between stages, for microbatches like `part`, in the surroundings of one replica's own program.
 
+    `sums_of` makes the sums of a microbatch of what the last stage gives.
     Raises what a stage raises, with its number as a note.
     """
     mesh = env.mesh
@@ -88,7 +89,7 @@ def edges_of(stages: Sequence[Stage], part: Any, key: Tensor | None, env: Env, w
                     found.append(described(x))
                     x = found[-1].joined([spec.zeros() for spec in found[-1].specs])
                 else:
-                    leaves, structure = tree.flatten(added(None, *sum_and_beside(x, where)))
+                    leaves, structure = tree.flatten(added(None, *sums_of(x)))
             except Exception as error:
                 error.add_note(f"in stage {number} of {len(stages)}, run on fake tensors to find what it gives")
                 raise

@@ -32,7 +32,7 @@ def receive_all(specs: Sequence[Spec], at: tuple[str, int, int], source: int, en
 
 
 def over_stages(values: list[Tensor], env: Env) -> list[Tensor]:
-    """The sums of scalars over all stages, in one all-reduce for each dtype."""
+    """The sums of tensors over all stages, in one all-reduce for each dtype."""
     if env.pipeline is None:
         return values
     step, everywhere = Step("all_reduce", ("pp",)), env.of_all_stages()

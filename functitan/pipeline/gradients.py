@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,15 +18,25 @@ from functitan import tree
 from functitan.axes import parse_axes
 from functitan.errors import CaptureError, FunctitanError, MeshError, report
 from functitan.ops.function import transforms_active
-from functitan.ops.replica import merge_scalars, one_replica
+from functitan.ops.replica import merge_sums, one_replica
 from functitan.pipeline.edges import Edges, described, edges_of, zero_sums
 from functitan.pipeline.exchange import over_stages, shared_sums
 from functitan.pipeline.schedule import Schedule
 from functitan.pipeline.stages import Stage, check_stages, declarations, holders_of
 from functitan.pipeline.step import RUN, Part, Step, reduce_gradients
 from functitan.sharding.context import Env, current, within
+from functitan.transforms.beside import check_ways, merged
 from functitan.transforms.closures import refuse_shards_of
-from functitan.transforms.microbatches import Sums, microbatch_size, replica_dims, rows
+from functitan.transforms.loss import divisor, is_on_mesh
+from functitan.transforms.microbatches import (
+    Sums,
+    batch_places,
+    gathered,
+    microbatch_size,
+    replica_dims,
+    rows,
+    sum_and_beside,
+)
 
 WHERE = "ft.pipeline.value_and_grad"
 
@@ -37,16 +48,18 @@ def value_and_grad(
     batch_axis: str = "batch",
     dtype: torch.dtype | None = None,
     gather: bool = True,
+    aux: tree.Tree = None,
+    batch_patterns: tree.Tree = None,
 ) -> Callable[..., tuple[tuple[Tensor, tuple[Tensor, Any]], tree.Tree]]:
     """`f(params, batch, key=None, *, scale=None, times=None) -> ((loss, (count, aux)), grads)`: what a rank computes.
 
     `params` are this rank's shards of what `ft.pipeline.declarations` declares for its place, and `grads` lie as they
     do. `batch` is this rank's shard too, whole along `pp`: tensors whose first axis is `batch_axis`, of one size that
     the number of microbatches divides. Loss, count and aux are those of the whole batch, equal on all ranks. The last
-    stage must be a sum over examples; microbatches, keys, `dtype` and the loss are those of `ft.accumulate`; `scale`
-    multiplies the loss. A leaf that its declaration freezes (`ft.trainable(stages, ...)`) has the gradient `None`; with
-    `zeros=False`, as in `ft.train_step`, so has one that the loss does not reach, unless ranks share it. A list `times`
-    gets (start, end) of each action, in seconds, for `schedule.plot(measured=)`.
+    stage must be a sum over examples; microbatches, keys, `dtype`, `aux`, `batch_patterns` and the loss are those of
+    `ft.accumulate`; `scale` multiplies the loss. A leaf that its declaration freezes (`ft.trainable(stages, ...)`) has
+    the gradient `None`; with `zeros=False`, as in `ft.train_step`, so has one that the loss does not reach, unless
+    ranks share it. A list `times` gets (start, end) of each action, in seconds, for `schedule.plot(measured=)`.
 
     Inside `ft.spmd` on a mesh with `pp`, of as many ranks as the schedule's; the others of its dims shard every stage.
     With `gather`, a stage's parameters are gathered over the batch's mesh dims where the schedule says `UNSHARD`, and
@@ -65,6 +78,7 @@ def value_and_grad(
     >>> mean, count, grads["w"][:, 0]
     (tensor(7.), tensor(12.), tensor([1.0000, 1.3333]))
     """
+    check_ways(aux, WHERE)
     schedule.check(buffers=None)
     check_stages(stages, schedule)
     flat = [tree.flatten(stage.declarations) for stage in stages]
@@ -94,20 +108,26 @@ def value_and_grad(
         place = _check(params, stages, schedule, env)
         dims = replica_dims(batch_axis, env, WHERE) if gather else ()
         one = one_replica(dims)
-        size = microbatch_size(batch, schedule.num_microbatches, dims, env, WHERE)
-        first = 0 if env.mesh is None else env.mesh.index(dims) * schedule.num_microbatches
-        part = rows(batch, 0, size)
+        places = batch_places(batch, batch_patterns, batch_axis, WHERE)
+        size = microbatch_size(batch, places, schedule.num_microbatches, dims, env, WHERE)
+        batch = gathered(batch, batch_patterns, places, dims, WHERE)
+        first, number = 0, schedule.num_microbatches
+        if env.mesh is not None:
+            first, number = env.mesh.index(dims) * number, env.mesh.sizes.size(dims) * number
+        part = rows(batch, places, 0, size)
+        sums_of = partial(sum_and_beside, where=WHERE, ways=aux, on_mesh=is_on_mesh(env))
         kind = described(part), one.mesh and one.mesh.sizes, one.rules, one.precision
         edges = next((found for like, found in known if like == kind), None)
         if edges is None:
             for stage in stages:
                 refuse_shards_of(stage.apply, dims, WHERE)
-            edges = edges_of(stages, part, key, one, WHERE)
+            edges = edges_of(stages, part, key, one, sums_of)
             known.append((kind, edges))
         own = dict(zip(tree.paths(params), tree.leaves(params), strict=True))
         split = {(action.stage, action.microbatch) for action in schedule.actions[place] if action.kind == "I"}
         step = Step(
-            WHERE, parts, schedule, place, own, batch, key, scale, split, first, size, dims, dtype, env, one, edges,
+            sums_of, parts, schedule, place, own, batch, key, scale, split, first, size, places, number, dims, dtype,
+            env, one, edges,
             {}, {}, {}, {}, {}, {}, {}, {}, [], [],
         )  # fmt: skip
         with torch.no_grad():
@@ -116,11 +136,12 @@ def value_and_grad(
                 within(f"pipeline {action}", RUN[action.kind], step, action.stage, action.microbatch)
                 if times is not None:
                     times.append((start, time.monotonic()))
-            total, count, aux = _sums(step)
-            grads = _gradients(step, holders, count, zeros)
+            total, count, beside = _sums(step)
+            by = divisor(count)
+            grads = _gradients(step, holders, by, zeros)
             for pending in step.leaving:
                 pending.wait()
-        return (total / count, (count, aux)), tree.unflatten(tree.flatten(params)[1], grads)
+        return (total / by, (count, merged(beside, aux, WHERE, number))), tree.unflatten(tree.flatten(params)[1], grads)
 
     return gradients
 
@@ -129,12 +150,11 @@ def _sums(step: Step) -> Sums:
     """The loss, the count and aux of all microbatches of all replicas, on every rank of every stage."""
     leaves, structure = tree.flatten(step.sums[0] if step.sums else zero_sums(step.edges))
     if step.sums:
-        leaves = merge_scalars(leaves, step.dims)
-    total, count, aux = tree.unflatten(structure, over_stages(leaves, step.env))
-    return total, count.clamp(min=1), aux
+        leaves = merge_sums(leaves, step.dims)
+    return tree.unflatten(structure, over_stages(leaves, step.env))
 
 
-def _gradients(step: Step, holders: dict[str, tuple[int, ...]], count: Tensor, zeros: bool) -> list[Tensor | None]:
+def _gradients(step: Step, holders: dict[str, tuple[int, ...]], by: Tensor, zeros: bool) -> list[Tensor | None]:
     """The mean gradients of this rank's parameters; those that several stages share are added up."""
     found: dict[str, Tensor] = {}
     reached: set[str] = set()
@@ -149,7 +169,7 @@ def _gradients(step: Step, holders: dict[str, tuple[int, ...]], count: Tensor, z
                 found[path] = found[path] + g if path in found else g
     shared_sums(found, holders, step.env)
     given = (path for path in found if zeros or path in reached or len(holders[path]) > 1)  # others may reach it
-    means = {path: found[path].div_(count).to(step.params[path].dtype) for path in given}
+    means = {path: found[path].div_(by).to(step.params[path].dtype) for path in given}
     return [means.get(path) for path in step.params]
 
 

@@ -22,7 +22,7 @@ from functitan.pipeline.schedule import Schedule
 from functitan.sharding.context import Env, using
 from functitan.sharding.mesh import Pending
 from functitan.sharding.rules import Dims
-from functitan.transforms.microbatches import Sums, added, key_of, rows, sum_and_beside
+from functitan.transforms.microbatches import Sums, added, key_of, rows
 
 
 class Part(NamedTuple):
@@ -41,7 +41,7 @@ Place = tuple[str, int, int]  # "F" or "B", the stage that takes it, the microba
 class Step(NamedTuple):
     """One step of one rank: what it is given, and what it has at the moment."""
 
-    where: str  # for errors
+    sums_of: Callable[..., Any]  # from what the last stage gives, and whether this is the last microbatch of all
     parts: list[Part]
     schedule: Schedule
     place: int
@@ -52,6 +52,8 @@ class Step(NamedTuple):
     split: set[tuple[int, int]]  # stages and microbatches whose backward has two halves
     first: int  # the number of this replica's first microbatch
     size: int
+    places: list[int | None]  # of the batch axis in each leaf of the batch
+    number: int  # of the microbatches of all replicas
     dims: Dims
     dtype: torch.dtype | None
     env: Env
@@ -94,7 +96,7 @@ def reduce_gradients(step: Step, stage: int, _: int) -> None:
 
 
 def _forward(step: Step, stage: int, microbatch: int) -> None:
-    part, (apply, *_, structure) = rows(step.batch, microbatch * step.size, step.size), step.parts[stage]
+    part, (apply, *_, structure) = rows(step.batch, step.places, microbatch * step.size, step.size), step.parts[stage]
     key = key_of(step.key, step.first + microbatch)
     if stage not in step.copies:
         _unshard(step, stage, microbatch)
@@ -109,7 +111,7 @@ def _forward(step: Step, stage: int, microbatch: int) -> None:
         out = apply(tree.unflatten(structure, weights), into[stage].joined(inputs), part, key)
         if stage < step.last:
             return check_edge(out, into[stage + 1], stage), None
-        total, counted = sum_and_beside(out, step.where)
+        total, counted = step.sums_of(out, is_last=step.first + microbatch == step.number - 1)
         return [total if step.scale is None else total * step.scale], counted
 
     inputs = _taken(step, ("F", stage, microbatch)) if stage else []

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,11 +16,10 @@ from torch import Tensor
 from functitan import tree
 from functitan.axes import Axes, write_axes
 from functitan.errors import CollectiveError, ReplicationError, report
-from functitan.ops.move import axes_of
 from functitan.sharding.context import Env, current, using
-from functitan.sharding.layout import check_rank
+from functitan.sharding.layout import axes_of, check_rank, layout_of, table_of
 from functitan.sharding.moves import Step
-from functitan.sharding.rules import Dims
+from functitan.sharding.rules import AxisRules, Dims
 from functitan.sharding.steps import Label, run_step
 
 CHUNK = 1 << 18  # elements that are made float64 at once: 2 MiB
@@ -32,7 +31,7 @@ def checked(fn: Callable[..., Any]) -> Callable[..., Any]:
     Ranks that part ways raise a `CollectiveError` with both programs and lines, where they would hang, or send each
     other wrong data; so do those that wait for one that fails, leaves early, or does not come within the mesh's
     timeout. Ranks of one pipeline stage are compared. Holds for the backward pass of what `fn` computes, too, and
-    inside `fn` `ft.train_step` checks the values of each step (`check_equal`). A check costs one exchange with
+    inside `fn` `ft.train_step` checks state, batch and values of each step. A check costs one exchange with
     torch.distributed's store before each collective: tenths of a millisecond. Use inside `ft.spmd`.
 
     >>> from functitan.ops.reduce import reduce
@@ -79,62 +78,114 @@ def check_equal(values: tree.Tree, patterns: tree.Tree = None) -> None:
 
     >>> check_equal({"w": torch.ones(2, 3)}, "embed mlp")
     """
-    found = _differences(tree.paths(values), tree.leaves(values), _axes(values, patterns), current())
+    found = differences([held_in(values, patterns, "")], current())
     if found:
         raise ReplicationError(report("ft.check_equal", [f"{path}: {line}" for path, line in found.items()], _FIX))
 
 
-def check_step(loss: Tensor, count: Tensor, grads: tree.Tree, patterns: tree.Tree) -> None:
-    """`check_equal` of what a train step has before its update; the error says what kind of op lacks its name."""
-    scalars = {"loss": loss, "count": count}
-    paths = [*scalars, *(f"gradients.{path}" for path in tree.paths(grads))]
-    leaves = [*scalars.values(), *tree.leaves(grads)]
-    found = _differences(paths, leaves, [(), (), *_axes(grads, patterns)], current())
+class Held(NamedTuple):
+    """A leaf that ranks hold: its path, itself, its axes (`None`: equal on every rank) and the table it lies under."""
+
+    path: str
+    x: Tensor
+    axes: Axes | None
+    rules: AxisRules | None = None  # `None`: the table in force
+
+
+def held_in(values: tree.Tree, patterns: tree.Tree, name: str, rules: AxisRules | None = None) -> list[Held]:
+    """The tensors of a tree with their patterns, under paths that begin with a name."""
+    of_leaves = tree.broadcast_prefix(patterns, values, "patterns")
+    return [
+        Held(".".join(part for part in (name, path) if part), x, axes_of(pattern), table_of(pattern, rules))
+        for path, x, pattern in zip(tree.paths(values), tree.leaves(values), of_leaves, strict=True)
+        if isinstance(x, Tensor)
+    ]
+
+
+def check_step(state: list[Held], loss: Tensor, count: Tensor, aux: tree.Tree, grads: list[Held]) -> None:
+    """`check_equal` of what a train step has before its update; the error says what kind of value lacks what.
+
+    `state` are the leaves of the parameters, the optimizer's state and the key, which ranks must begin with alike.
+    """
+    of_groups = {
+        _FIX_STATE: state,
+        _FIX_SCALARS: [Held("loss", loss, ()), Held("count", count, ())],
+        _FIX_AUX: held_in(aux, None, "aux"),
+        _FIX_GRADIENTS: grads,
+    }
+    roots = [[leaf for leaf in state if _root(leaf) == root] for root in dict.fromkeys(map(_root, state))]
+    found = differences([*roots, *list(of_groups.values())[1:]], current())
     if found:
-        fixes = [_FIX_SCALARS] * any(path in scalars for path in found)
-        fixes += [_FIX_GRADIENTS] * any(path not in scalars for path in found)
+        fixes = [fix for fix, group in of_groups.items() if any(leaf.path in found for leaf in group)]
         problems = [f"{path}: {line}" for path, line in found.items()]
         raise ReplicationError(report("ft.train_step", problems, "; ".join(fixes)))
 
 
-def _axes(values: tree.Tree, patterns: tree.Tree) -> list[Axes | None]:
-    return [axes_of(pattern) for pattern in tree.broadcast_prefix(patterns, values, "patterns")]
+def differences(groups: list[list[Held]], env: Env) -> dict[str, str]:
+    """How each leaf differs that should be equal on several ranks and is not, by path: the same on every rank.
 
-
-def _differences(paths: list[str], leaves: list[Tensor], axes: list[Axes | None], env: Env) -> dict[str, str]:
-    """How each leaf differs that should be equal on several ranks and is not, by path: the same on every rank."""
-    sizes = env.mesh.shape if env.mesh is not None and env.mesh.transport.name != "explain" else {}
-    dims = tuple(dim for dim, n in sizes.items() if n > 1 and dim != "pp")
+    Leaves of one group are of one kind: what rounding may leave of one is judged by the largest of them.
+    """
+    leaves = [leaf for group in groups for leaf in group]
+    dims = compared_dims(env)
     if not dims or not leaves:
         return {}
-    used = [_used(path, x, its, env) for path, x, its in zip(paths, leaves, axes, strict=True)]
-    quiet, label = env._replace(ledger=None), Label("check_equal", "")
-    signs = signs_of(min(CHUNK, max(x.numel() for x in leaves)) * 2)  # a complex number is two
-    digests = torch.stack([sums_of(x, signs.to(x.device)).to(leaves[0].device) for x in leaves])
-    gaps = digests.new_zeros(len(dims), len(leaves))
+    used = [_used(leaf, env) for leaf in leaves]
+    sums = digests([leaf.x for leaf in leaves])
+    gaps = sums.new_zeros(len(dims), len(leaves))
     for row, dim in zip(gaps, dims, strict=True):
         equal = [i for i, own in enumerate(used) if dim not in own]
         if equal:
-            both = torch.cat([digests[equal], -digests[equal]], 1)
-            both = run_step(both, Step("all_reduce", (dim,)), quiet, label, "max")
-            row[equal] = _gap(both[:, :4], both[:, 4:], [leaves[i].dtype for i in equal])
-    worst = run_step(gaps, Step("all_reduce", dims), quiet, label, "max").T.tolist()
-    rows = zip(paths, leaves, axes, worst, strict=True)
-    return {path: _difference(x, its, dims, row) for path, x, its, row in rows if any(row)}
+            both = torch.cat([sums[equal], -sums[equal]], 1)
+            both = over_ranks(both, (dim,), env)
+            start = 0
+            for group in groups:
+                mine = [n for n, i in enumerate(equal) if start <= i < start + len(group)]
+                start += len(group)
+                if mine:
+                    dtypes = [leaves[equal[n]].x.dtype for n in mine]
+                    row[[equal[n] for n in mine]] = _gap(both[mine, :4], both[mine, 4:], dtypes)
+    worst = over_ranks(gaps, dims, env).T.tolist()
+    rows = zip(leaves, worst, strict=True)
+    return {leaf.path: _difference(leaf, dims, row) for leaf, row in rows if any(row)}
 
 
-def _used(path: str, x: Tensor, axes: Axes | None, env: Env) -> set[str]:
+def compared_dims(env: Env) -> Dims:
+    """The mesh dims over which values are compared: those of several ranks, within a stage of a pipeline."""
+    sizes = env.mesh.shape if env.mesh is not None and env.mesh.transport.name != "explain" else {}
+    return tuple(dim for dim, n in sizes.items() if n > 1 and dim != "pp")
+
+
+def over_ranks(x: Tensor, dims: Dims, env: Env, op: str = "max") -> Tensor:
+    """The maximum (or sum) over ranks, which no ledger enters."""
+    return run_step(x, Step("all_reduce", dims), env._replace(ledger=None), Label("check_equal", ""), op)
+
+
+def digests(leaves: list[Tensor]) -> Tensor:
+    """A digest of each leaf, `[leaves, 4]`, float64: equal where leaves are, and else almost surely not."""
+    signs = signs_of(min(CHUNK, max(x.numel() for x in leaves)) * 2)  # complex numbers and long integers are two
+    return torch.stack([sums_of(x, signs.to(x.device)).to(leaves[0].device) for x in leaves])
+
+
+def _root(leaf: Held) -> str:
+    return leaf.path.split(".")[0]
+
+
+def _used(leaf: Held, env: Env) -> set[str]:
     """The mesh dims that shard a leaf."""
-    if axes is None:
+    if leaf.axes is None:
         return set()
-    check_rank(axes, tuple(x.shape), path)
-    return {dim for dims in env.layout(axes).dims for dim in dims}
+    assert env.mesh is not None and env.rules is not None
+    check_rank(leaf.axes, tuple(leaf.x.shape), leaf.path)
+    layout = layout_of(leaf.axes, leaf.rules or env.rules, env.mesh.sizes)
+    return {dim for dims in layout.dims for dim in dims}
 
 
 def sums_of(x: Tensor, signs: Tensor) -> Tensor:
     """Two sums with random signs, the norm, and 1 if all is finite, else (0, 0, 0, 0): `[4]`, float64."""
-    x = x.detach()
+    x = x.detach().contiguous()
     flat = (torch.view_as_real(x) if x.is_complex() else x).reshape(-1)
+    flat = flat.view(torch.int32) if flat.dtype == torch.int64 else flat  # float64 holds 53 bits
     sums, square = signs.new_zeros(2), signs.new_zeros(())
     for number, chunk in enumerate(flat.split(CHUNK)):
         wide = chunk.to(torch.float64)
@@ -165,17 +216,22 @@ def _gap(most: Tensor, least: Tensor, dtypes: list[torch.dtype]) -> Tensor:
     return torch.where(spread[:, 3] > 0, torch.inf, relative)
 
 
-def _difference(x: Tensor, axes: Axes | None, dims: Dims, gaps: list[float]) -> str:
+def _difference(leaf: Held, dims: Dims, gaps: list[float]) -> str:
     along = [
         f"{dim} by {gap:.2g} of its norm" if gap < math.inf else f"{dim}, where some ranks have NaN or infinity"
         for dim, gap in zip(dims, gaps, strict=True)
         if gap
     ]
-    pattern = f"{write_axes(axes)!r}, " if axes else ""
+    pattern, x = f"{write_axes(leaf.axes)!r}, " if leaf.axes else "", leaf.x
     return f"{pattern}{str(x.dtype).removeprefix('torch.')}{list(x.shape)}, differs along {' and along '.join(along)}"
 
 
 _FIX = "sum what is partial by ft.reduce, or give the pattern whose axes are sharded; start all ranks from the same key"
+_FIX_STATE = (
+    "begin all ranks alike: one key in ft.TrainState.create(..., ft.random.key(0), ...), one checkpoint, and "
+    "initializers that draw from their key"
+)
+_FIX_AUX = "give values beside the loss that are equal on every rank: ft.reduce('batch embed -> embed', x, op='mean')"
 _FIX_SCALARS = "a plain sum or mean ran over a sharded axis: name its axes, as in ft.reduce('batch seq ->', x)"
 _FIX_GRADIENTS = (
     "a parameter met a plain torch op, and its gradient lacks a sum over ranks: "
