@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,14 +28,13 @@ from functitan.optim.transform import check_transformations
 from functitan.param import Param
 from functitan.reached import Part, with_gradients_of
 from functitan.sharding.context import current, spmd, using, within
-from functitan.sharding.cut import carry_cut
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.rules import AxisRules
 from functitan.state import TrainState, declared_state
 from functitan.transforms.accumulate import accumulated
 from functitan.transforms.beside import check_ways, part_of
 from functitan.transforms.checked import Held, check_step, checked, held_in
-from functitan.transforms.donate import check_donated, mark_donated
+from functitan.transforms.donate import TAKEN, check_donated, taken
 from functitan.transforms.grad import reaching
 from functitan.transforms.loss import count_of, divisor, is_on_mesh, split_loss
 from functitan.transforms.own_batch import check_batch
@@ -141,7 +141,9 @@ def train_step(
         key = random.fold_in(state.key, state.step)
         patterns = tree.map(_pattern_of, state.declarations)
         scale = loss_scale(state.opt_state)
-        (loss, (count, beside)), grads = with_gradients(scale, patterns)(state.params, batch, key)
+        (loss, (count, aux)), grads = with_gradients(scale, patterns)(state.params, batch, key)
+        apart = {} if scale is None else {"loss_scale": _apart(scale)}
+        apart |= {} if aux is None else {"aux": tree.map(lambda x: _apart(x, state.params), aux)}
         if value_and_grad is not None:
             grads = trained(grads, patterns)  # it may have others too
         part = with_gradients_of(tx, state, grads, parts)
@@ -149,26 +151,19 @@ def train_step(
         loss = loss if scale is None else loss / scale
         if current().checked:
             of_grads = held_in(grads, patterns, "gradients", gradients)
-            check_step(_held(state, tx), loss, count, beside, of_grads)
+            check_step(_held(state, tx), loss, count, aux, of_grads)
 
         def update(donate: bool) -> tuple[tree.Tree, tree.Tree]:
-            params, opt_state = old
-            updates, opt_state = tx.update(grads, opt_state, params, patterns=patterns, donate=donate)
-            return apply_updates(params, updates, donate=donate), opt_state
+            with taken(old, ("step {} of ft.train_step", state.step)) if donate else nullcontext(old) as (params, own):
+                told = TAKEN if donate else False
+                updates, own = tx.update(grads, own, params, patterns=patterns, donate=told)
+                return apply_updates(params, updates, donate=told), own
 
         policy = nonfinite if scale is None else "ignore"
         with using(current()._replace(phase="update")), torch.no_grad():
             new, skipped = within("update", guarded, policy, loss, grads, state.step, old, update, donate)
-        metrics = {
-            "loss": loss,
-            "count": count,
-            **_norms(new[1]),
-            **({} if beside is None else {"aux": beside}),
-            **skipped,
-        }
-        metrics |= {} if scale is None else {"loss_scale": scale}
-        params, opt_state = _renewed(old, new, state.step) if donate else new
-        params, opt_state = part.params_back(params, state.params), part.put_back(opt_state, state.opt_state)
+        metrics = {"loss": loss, "count": count, **_norms(new[1]), **apart, **skipped}
+        params, opt_state = part.params_back(new[0], state.params), part.put_back(new[1], state.opt_state)
         return replace(state, params=params, opt_state=opt_state, step=state.step + 1), metrics
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
@@ -227,10 +222,22 @@ def _held(state: TrainState, tx: GradientTransformation) -> list[Held]:
     return [*held_in(state.params, state.declarations, "params"), *of_optimizer, *held_in(state.key, None, "key")]
 
 
+def _apart(x: Any, overwritten: tree.Tree = None) -> Any:
+    """A metric as a tensor object of its own, which outlives the state that it may be a leaf of.
+
+    `overwritten` leaves may share memory with it: the update sees that, and copies; a graph must be told.
+    """
+    if not isinstance(x, Tensor):
+        return x
+    memory = lambda x: x.untyped_storage()._cdata
+    copied = current().capture is not None and any(memory(x) == memory(leaf) for leaf in tree.leaves(overwritten))
+    return x.clone() if copied else x.detach()
+
+
 def _norms(opt_state: Any) -> dict[str, Tensor]:
     """The gradient's norm, where a clip measured it."""
     if isinstance(opt_state, ClipState):
-        return {"grad_norm": opt_state.norm}
+        return {"grad_norm": _apart(opt_state.norm)}
     inside = map(_norms, opt_state) if isinstance(opt_state, tuple) else ()
     return next((norms for norms in inside if norms), {})
 
@@ -252,14 +259,3 @@ def _check_state(state: Any, tx: GradientTransformation, known: list[Any]) -> No
             fix = "give ft.TrainState.create and ft.train_step the same optimizer"
             raise FunctitanError(report("ft.train_step: the optimizer state", problems, fix))
         known.append(structure)
-
-
-def _renewed(old: tree.Tree, new: tree.Tree, step: Any) -> tree.Tree:
-    """The new values as tensor objects of their own, when the old objects over the same buffers have been marked."""
-    fresh = tree.map(lambda x: carry_cut(x, x.detach()) if isinstance(x, Tensor) else x, new)
-    mark_donated(old, f"step {_number(step)} of ft.train_step")
-    return fresh
-
-
-def _number(step: Any) -> str:
-    return str(int(step)) if type(step) is Tensor else "?"

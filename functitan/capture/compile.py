@@ -47,6 +47,16 @@ def _copy_home(graph: GraphModule, homes: tuple[int | None, ...], failures: int)
         return node
 
     with graph.graph.inserting_before(output):
+        overwritten = {
+            _storage(placeholders[home])
+            for r, home in enumerate(homes)
+            if home is not None and results[r] is not placeholders[home]
+        }
+        for r, node in enumerate(results[: len(homes)]):  # views of what is overwritten keep their values
+            home = homes[r]
+            passed = home is not None and node is placeholders[home]
+            if not passed and _storage(node) in overwritten:
+                results[r] = call(aten.clone.default, node)
         failed = reduce(lambda x, y: call(aten.logical_or.default, x, y), flags) if flags else None
         for r, home in enumerate(homes):
             if home is None:
@@ -58,6 +68,11 @@ def _copy_home(graph: GraphModule, homes: tuple[int | None, ...], failures: int)
             results[r] = None
     output.args = (tuple(results),)
     graph.recompile()
+
+
+def _storage(node: Node) -> int:
+    """The memory that a node's value lies in: one number for all its views."""
+    return node.meta["val"].untyped_storage()._cdata
 
 
 def _call_directly(graph: GraphModule, program: Program) -> None:

@@ -89,14 +89,14 @@ def trace(
             results = fn(*xs)
         return (*results, *(flag for flag, _ in capture.failures))
 
-    def again() -> tuple[Tensor, ...]:  # for another run, which finds lines: the first may have donated its inputs
+    def again() -> tuple[Tensor, ...]:  # for each run others: the function may donate its inputs
         return tuple(map(_twin, inputs))
 
     with one_at_a_time, unseen(), mode:
         fakes = tuple(mode.from_tensor(x) if type(x) is Tensor else _twin(x) for x in inputs)
         try:
             with traceback.preserve_node_meta():  # marks of what remat computes again
-                mutating = make_fx(inside, decomposition_table=table)(*fakes)
+                mutating = make_fx(inside, decomposition_table=table)(*again())
             _check_constants(mutating, inside, again, what)
             pure = torch.func.functionalize(_runner(mutating), remove="mutations")
             graph = make_fx(pure, decomposition_table=table)(*fakes)
@@ -110,7 +110,7 @@ def trace(
 
 
 def _twin(x: Tensor) -> Tensor:
-    """A fake tensor of its own, which the trace may mark as donated."""
+    """A fake tensor of its own."""
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
 
 

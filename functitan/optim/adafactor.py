@@ -21,6 +21,7 @@ from functitan.optim.transform import (
     Mask,
     add_decayed_weights,
     chain,
+    donating,
     scale,
     scale_by_learning_rate,
 )
@@ -70,6 +71,7 @@ def scale_by_param_block_rms(least: float = 1e-3) -> GradientTransformation:
     Shazeer and Stern, arXiv:1804.04235, section 8.
     """
 
+    @donating
     def update(updates, state, params=None, patterns=None, donate=False):
         if params is None:
             raise FunctitanError(

@@ -19,6 +19,7 @@ from functitan.optim.transform import (
     Mask,
     add_decayed_weights,
     chain,
+    donating,
     scale_by_learning_rate,
 )
 
@@ -69,6 +70,7 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Grad
         check_real("scale_by_adam", params)
         return AdamState(scalar_beside(params, torch.int64), zeros_beside(params), zeros_beside(params))
 
+    @donating
     def update(updates, state, params=None, patterns=None, donate=False):
         check_state("scale_by_adam", state, AdamState)
         grads, *moments = aligned("scale_by_adam", updates, mu=state.mu, nu=state.nu)

@@ -16,7 +16,7 @@ from functitan.errors import FunctitanError, report
 from functitan.optim.kernels import owned, scale_, scale_each_, wide_dtype
 from functitan.optim.norms import norm_in, rms_in
 from functitan.optim.state import scalar_beside
-from functitan.optim.transform import GradientTransformation
+from functitan.optim.transform import GradientTransformation, donating
 from functitan.sharding.context import current, spmd
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.rules import AxisRules
@@ -38,6 +38,7 @@ def clip_by_global_norm(max_norm: float) -> GradientTransformation:
     def init(params: tree.Tree) -> ClipState:
         return ClipState(scalar_beside(params, wide_dtype([leaf.dtype for leaf in tree.leaves(params)])))
 
+    @donating
     def update(updates, state, params=None, patterns=None, donate=False):
         norm = norm_in(current()._replace(phase="update"), updates, patterns)
         leaves, structure = tree.flatten(updates)
@@ -93,6 +94,7 @@ def clip_by_block_rms(threshold: float) -> GradientTransformation:
     """
     _check("clip_by_block_rms", "threshold", threshold)
 
+    @donating
     def update(updates, state, params=None, patterns=None, donate=False):
         each = rms_in(current()._replace(phase="update"), "clip_by_block_rms", updates, patterns)
         leaves, structure = tree.flatten(updates)

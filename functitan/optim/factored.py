@@ -19,7 +19,7 @@ from functitan.ops.reduce import broadcast, reduce
 from functitan.optim.kernels import owned
 from functitan.optim.patterns import Leaf, leaves_of, named_axes
 from functitan.optim.state import check_real, check_state, described, scalar_beside
-from functitan.optim.transform import GradientTransformation
+from functitan.optim.transform import GradientTransformation, donating
 from functitan.param import Param, zeros
 from functitan.sharding.context import current, using
 
@@ -55,6 +55,7 @@ def scale_by_factored_rms(beta2_decay: float = -0.8, eps: float | None = None) -
         parts = (tree.unflatten(structure, [statistics[k] for statistics in made]) for k in range(3))
         return FactoredState(scalar_beside(params, torch.int64), *parts)
 
+    @donating
     def update(updates, state, params=None, patterns=None, donate=False):
         check_state("scale_by_factored_rms", state, FactoredState)
         env = current()._replace(phase="update")

@@ -10,13 +10,14 @@ from functools import reduce
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from functitan.ops.function import transforms_active
 
 
-def owned(leaves: list[Tensor], donate: bool) -> list[Tensor]:
-    """Contiguous tensors that may be written: where donated the leaves themselves, else copies.
+def owned(leaves: list[Tensor], donate: bool | str) -> list[Tensor]:
+    """Contiguous tensors that may be written: where donated the leaves themselves, which a caller took, else copies.
 
     Autograd may give one tensor as the gradient of two leaves, or an expanded one: such leaves are copied even so.
     """
@@ -99,6 +100,7 @@ def adam_(
         # The fused step is p = (1 - lr wd) p - lr direction. lr = wd = -1 leave the direction alone, so p can be the
         # gradients' own memory: each element is read before it is written. 7 times as fast as what follows.
         steps = [count.to(torch.float32)] * len(grads)
+        increment_version([*grads, *mu, *nu])  # which says that they were written into; the fused step forgets it
         torch._fused_adamw_(
             grads, grads, mu, nu, [], steps,
             lr=-1.0, beta1=b1, beta2=b2, weight_decay=-1.0, eps=eps, amsgrad=False, maximize=False,

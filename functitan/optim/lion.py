@@ -17,6 +17,7 @@ from functitan.optim.transform import (
     Mask,
     add_decayed_weights,
     chain,
+    donating,
     scale_by_learning_rate,
 )
 
@@ -55,6 +56,7 @@ def scale_by_lion(b1: float = 0.9, b2: float = 0.99) -> GradientTransformation:
     if problems:
         raise FunctitanError(report("scale_by_lion", problems, "usual are b1=0.9, b2=0.99"))
 
+    @donating
     def update(updates, state, params=None, patterns=None, donate=False):
         check_state("scale_by_lion", state, LionState)
         grads, mu = aligned("scale_by_lion", updates, mu=state.mu)

@@ -16,7 +16,7 @@ from functitan.errors import FunctitanError, report
 from functitan.optim.finite import any_nonfinite
 from functitan.optim.kernels import copy_, owned, scale_
 from functitan.optim.state import scalar_beside
-from functitan.optim.transform import GradientTransformation
+from functitan.optim.transform import GradientTransformation, donating
 from functitan.param import Param, constant
 
 
@@ -63,6 +63,7 @@ def dynamic_loss_scale(
         scale = Param("", (), constant(init_scale)) if isinstance(scale, Param) else scale + init_scale
         return LossScaleState(scale, scalar_beside(params, torch.int64), transformation.init(params))
 
+    @donating
     def update(updates, state, params=None, patterns=None, donate=False):
         grads, structure = tree.flatten(updates)
         grads = owned(grads, donate)

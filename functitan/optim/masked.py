@@ -12,7 +12,14 @@ from fnmatch import fnmatchcase
 from functitan import tree
 from functitan.errors import FunctitanError, nearest, report
 from functitan.optim.kernels import owned
-from functitan.optim.transform import GradientTransformation, Mask, State, check_transformations, chosen_by
+from functitan.optim.transform import (
+    GradientTransformation,
+    Mask,
+    State,
+    check_transformations,
+    chosen_by,
+    donating,
+)
 from functitan.sharding.context import current
 
 
@@ -34,6 +41,7 @@ def masked(transformation: GradientTransformation, mask: Mask) -> GradientTransf
         mine = chosen_by(mask, params, None)
         return transformation.init(tree.only(params, mine)) if any(mine) else ()
 
+    @donating
     def update(updates, state, params=None, patterns=None, donate=False):
         mine = chosen_by(mask, updates if params is None else params, patterns)
         if not any(mine):
@@ -96,6 +104,7 @@ def multi_transform(
         check(params)
         return {label: tx.init(params) for label, tx in parts.items()}
 
+    @donating
     def update(updates, state, params=None, patterns=None, donate=False):
         check(updates)
         if not isinstance(state, dict) or state.keys() != parts.keys():

@@ -27,6 +27,7 @@ from functitan.optim.transform import (
     Mask,
     add_decayed_weights,
     chain,
+    donating,
     scale_by_learning_rate,
 )
 from functitan.param import Param
@@ -96,6 +97,7 @@ def scale_by_muon(
         as_matrices("scale_by_muon", table, declared)
         return MomentumState(zeros_beside(params))
 
+    @donating
     def update(updates, state, params=None, patterns=None, donate=False):
         check_state("scale_by_muon", state, MomentumState)
         grads, moments = aligned("scale_by_muon", updates, momentum=state.momentum)

@@ -18,7 +18,7 @@ from functitan.errors import FunctitanError, report
 from functitan.optim.kernels import copy_
 from functitan.optim.patterns import leaves_of
 from functitan.optim.state import scalar_beside
-from functitan.optim.transform import GradientTransformation
+from functitan.optim.transform import GradientTransformation, donating
 from functitan.param import Param, zeros
 from functitan.sharding.context import Env, current
 from functitan.sharding.layout import block_of, layout_of, table_of
@@ -56,6 +56,7 @@ def bfloat16_state(transformation: GradientTransformation, seed: int = 0) -> Gra
             )
         return RoundedState(scalar_beside(params, torch.int64), tree.map(_low, inner))
 
+    @donating
     def update(updates, state, params=None, patterns=None, donate=False):
         env = current()
         declared = transformation.init(_declared(updates, patterns, env))

@@ -12,7 +12,7 @@ from functitan.errors import FunctitanError, report
 from functitan.optim.kernels import add_, copy_, owned, scale_
 from functitan.optim.schedules import Schedule
 from functitan.optim.state import aligned, check_number, check_state, zeros_beside
-from functitan.optim.transform import GradientTransformation, chain, scale_by_learning_rate
+from functitan.optim.transform import GradientTransformation, chain, donating, scale_by_learning_rate
 
 
 class MomentumState(NamedTuple):
@@ -44,6 +44,7 @@ def scale_by_momentum(decay: float, nesterov: bool = False) -> GradientTransform
     """
     check_number("scale_by_momentum", "decay", decay, below=1.0)
 
+    @donating
     def update(updates, state, params=None, patterns=None, donate=False):
         check_state("scale_by_momentum", state, MomentumState)
         grads, momentum = aligned("scale_by_momentum", updates, momentum=state.momentum)

@@ -12,7 +12,7 @@ from torch import Tensor
 from functitan import tree
 from functitan.ops.move import reshard
 from functitan.optim.patterns import leaves_of
-from functitan.optim.transform import GradientTransformation, State, check_transformations
+from functitan.optim.transform import GradientTransformation, State, check_transformations, donating
 from functitan.param import Param
 from functitan.sharding.context import current, using
 from functitan.sharding.rules import AxisRules
@@ -44,6 +44,7 @@ def stored(
     def init(params: tree.Tree) -> State:
         return tree.map(lambda x: _under(rules, x), transformation.init(params))
 
+    @donating
     def update(updates, state, params=None, patterns=None, donate=False):
         env = current()._replace(phase="update")
         if env.mesh is None:

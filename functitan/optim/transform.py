@@ -1,12 +1,14 @@
 """Gradient transformations in optax's form: pairs of pure functions that compose by `chain`.
 
-Invariant: `update` leaves what it is given untouched, unless `donate=True` lets it write into updates and state; the
-bits are the same either way.
+Invariant: `update` leaves what it is given untouched, unless `donate=True` lets it write into updates and state, which
+raise `DonatedError` when used again; the bits are the same either way.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +24,10 @@ from functitan.optim.schedules import Schedule
 from functitan.optim.state import aligned, check_number, check_state, scalar_beside
 from functitan.param import Param
 from functitan.sharding.cut import carry_cut
+from functitan.transforms.donate import TAKEN, taken
 
 State = Any
+_UPDATE = "an update with donate=True", None  # who took a tensor over
 Mask = tree.Tree | Callable[[str, Any], bool]
 
 
@@ -38,6 +42,22 @@ class GradientTransformation(NamedTuple):
 
     init: Callable[[tree.Tree], State]
     update: Callable[..., tuple[tree.Tree, State]]
+
+
+def donating(update: Callable[..., Any]) -> Callable[..., Any]:
+    """An `update` that takes over, where it may write, the updates and state that it is given: they are used up.
+
+    So it writes into tensors of its own, and says `TAKEN` to what it is made of, which has nothing to take.
+    """
+
+    @functools.wraps(update)
+    def inside(updates, state, params=None, patterns=None, donate=False):
+        if not donate or donate is TAKEN:
+            return update(updates, state, params, patterns=patterns, donate=donate)
+        with taken((updates, state), _UPDATE) as (own, own_state):
+            return update(own, own_state, params, patterns=patterns, donate=TAKEN)
+
+    return inside
 
 
 class ScheduleState(NamedTuple):
@@ -64,6 +84,7 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
     def init(params: tree.Tree) -> State:
         return tuple(tx.init(params) for tx in transformations)
 
+    @donating
     def update(updates, state, params=None, patterns=None, donate=False):
         if not isinstance(state, tuple) or len(state) != len(transformations):
             found = f"tuple of {len(state)}" if type(state) is tuple else type(state).__name__
@@ -78,17 +99,18 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
     return GradientTransformation(init, update)
 
 
-def apply_updates(params: tree.Tree, updates: tree.Tree, donate: bool = False) -> tree.Tree:
-    """`params + updates`, in the dtypes of `params`; `donate=True` adds into their own memory.
+def apply_updates(params: tree.Tree, updates: tree.Tree, donate: bool | str = False) -> tree.Tree:
+    """`params + updates`, in the dtypes of `params`; `donate=True` adds into their own memory, and uses them up.
 
     >>> import torch
     >>> apply_updates({"w": torch.ones(2)}, {"w": torch.tensor([1.0, 2.0])})
     {'w': tensor([2., 3.])}
     """
     changes, values = aligned("apply_updates", updates, params=params)
-    values = list(map(carry_cut, values, owned(values, donate)))
-    add_(values, changes)
-    return tree.unflatten(tree.flatten(params)[1], values)
+    with taken(values, _UPDATE) if donate and donate is not TAKEN else nullcontext(values) as values:
+        values = list(map(carry_cut, values, owned(values, donate)))
+        add_(values, changes)
+        return tree.unflatten(tree.flatten(params)[1], values)
 
 
 def scale(factor: float | Schedule) -> GradientTransformation:
@@ -96,12 +118,13 @@ def scale(factor: float | Schedule) -> GradientTransformation:
     if not callable(factor):
         return GradientTransformation(
             lambda params: (),
-            lambda updates, state, params=None, patterns=None, donate=False: (_scaled(updates, factor, donate), state),
+            donating(lambda updates, state, params, patterns, donate: (_scaled(updates, factor, donate), state)),
         )
 
     def init(params: tree.Tree) -> ScheduleState:
         return ScheduleState(scalar_beside(params, torch.int64))
 
+    @donating
     def update(updates, state, params=None, patterns=None, donate=False):
         check_state("scale", state, ScheduleState)
         return _scaled(updates, factor(state.count), donate), ScheduleState(state.count + 1)
@@ -130,6 +153,7 @@ def add_decayed_weights(weight_decay: float, mask: Mask | None = None) -> Gradie
     """
     check_number("add_decayed_weights", "weight_decay", weight_decay)
 
+    @donating
     def update(updates, state, params=None, patterns=None, donate=False):
         if params is None:
             fix = "give them: tx.update(updates, state, params)"
@@ -187,7 +211,7 @@ def check_transformations(what: str, given: Mapping[Any, Any]) -> None:
         raise FunctitanError(report(what, bad, "give gradient transformations, as ft.optim.adamw(1e-3) makes them"))
 
 
-def _scaled(updates: tree.Tree, factor: float | Tensor, donate: bool) -> tree.Tree:
+def _scaled(updates: tree.Tree, factor: float | Tensor, donate: bool | str) -> tree.Tree:
     leaves, structure = tree.flatten(updates)
     leaves = owned(leaves, donate)
     scale_(leaves, factor)

@@ -25,7 +25,7 @@ from functitan.ops.autocast import FIX_AUTOCAST, autocast_is_on
 from functitan.ops.function import transforms_active
 from functitan.sharding.context import Env, current, within
 from functitan.sharding.ledger import Entry
-from functitan.transforms.donate import check_donated, mark_leaves
+from functitan.transforms.donate import check_donated, give_back, take
 from functitan.transforms.flat import Form, join, of_tensors, split
 from functitan.transforms.float8 import FIX_DELAYED, outside
 
@@ -121,8 +121,8 @@ class _Compiled(NamedTuple):
     statics: tuple[Any, ...]  # the leaves that are no tensors
     env: Env
     # how to call it
-    donated: tuple[int, ...]  # inputs
-    kept: tuple[int, ...]  # arguments that are not donated
+    donates: tuple[int, ...]  # arguments
+    donated: tuple[int, ...]  # their inputs
     homes: tuple[int | None, ...]  # for each result the input whose buffer it takes over
     result: Form
     unseen: list[Program]  # what ranks are to compare at the first call
@@ -136,37 +136,46 @@ class _Compiled(NamedTuple):
 
 def _capture(jitted: Jitted, args: Any, leaves: list[Any], structure: Any, env: Env) -> _Compiled:
     what = jitted.what
+    check_donated(args, "ft.jit", jitted.donate, leaves)
     places = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
     tensors = tuple(leaves[i] for i in places)
     _check(jitted, args, tensors, what)
     owners = [n for n, arg in enumerate(args) for _ in tree.leaves(arg)]
     donated = tuple(i for i, place in enumerate(places) if owners[place] in jitted.donate)
     paths = tree.paths(args)
-    flat, result = of_tensors(lambda given: jitted.fn(*given), split(args)[1])
+    flat, result = of_tensors(lambda given: _not_donated(jitted.fn(*given), what), split(args)[1])
     program = trace(flat, tensors, frozenset(donated), what, [paths[i] for i in places])
     program, homes = _at_home(program, donated)
     program = run_passes(program, jitted.passes)
     run = compiled(program, homes, jitted.backend)
     statics = tuple((i, type(leaf), leaf) for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor))
-    kept = tuple(n for n in range(len(args)) if n not in jitted.donate)
     guards = _guards(tensors)
     made_for = structure, places, guards, statics, env
     unseen = [program] if program.compared else []
-    return _Compiled(program, run, program.entries(), *made_for, donated, kept, homes, result[0], unseen)
+    return _Compiled(program, run, program.entries(), *made_for, jitted.donate, donated, homes, result[0], unseen)
+
+
+def _not_donated(out: Any, what: str) -> Any:
+    check_donated(out, f"the result of {what}")
+    return out
 
 
 def _call(found: _Compiled, args: Any, leaves: list[Any]) -> Any:
     tensors = [leaves[i] for i in found.places]
-    if found.donated:
-        check_donated(args, "ft.jit", found.kept, leaves)
+    given = [tensors[i] for i in found.donated]
+    check = lambda: check_donated(args, "ft.jit", found.donates, leaves)
+    if given and len(set(map(id, tensors))) < len(tensors):
+        check()
+    own = take(given, _BY, check)
+    for i, x in zip(found.donated, own, strict=True):
+        tensors[i] = x
     values = found.run(list(tensors))
     for error in reversed(found.program.failures):
         flag = values.pop()
         if type(flag) is Tensor and flag.item():  # ft.explain's have no value
+            give_back(given, own)
             raise error()
-    values = [x if home is None else tensors[home].detach() for x, home in zip(values, found.homes, strict=True)]
-    if found.donated:
-        mark_leaves([tensors[i] for i in found.donated], "a call of ft.jit")
+    values = [x if home is None else tensors[home] for x, home in zip(values, found.homes, strict=True)]
     return join(found.result, values)
 
 
@@ -214,3 +223,6 @@ def _check(jitted: Jitted, args: Any, tensors: Sequence[Tensor], what: str) -> N
         raise CaptureError(report(what, [problem], FIX_DELAYED.format("jit")))
     if problems:
         raise CaptureError(report(what, problems, "transform inside, ft.jit(ft.grad(fn)), or detach() the tensors"))
+
+
+_BY = "a call of ft.jit", None  # who took a tensor over
