@@ -23,6 +23,7 @@ from functitan.reading import path_text
 from functitan.sharding.context import current
 from functitan.sharding.mesh import Mesh, is_seconds
 from functitan.sharding.rules import AxisRules
+from functitan.transforms.donate import check_donated
 
 TIMEOUT_S = 600.0
 
@@ -74,6 +75,7 @@ def begin(
     if current().capture is not None:  # its tensors have no values, and the other ranks would not come
         problem = "it is called inside a function that is being captured"
         raise CaptureError(report(what, [problem], "save what the captured function returns"))
+    check_donated(state, what, ())
     place, known = locate(path), mesh_of(state, mesh)
 
     def clear() -> list[Leaf]:

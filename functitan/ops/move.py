@@ -91,7 +91,7 @@ def reshard(values: tree.Tree, patterns: tree.Tree, *, to_rules: AxisRules) -> t
     env = current()
     if env.mesh is None:
         refuse_shards("ft.reshard", zip(tree.paths(values), tree.leaves(values), strict=True))
-        return values
+        return _read(values)
     assert env.rules is not None
     return _moved(values, patterns, env, env.rules, _table(to_rules, "ft.reshard, to_rules"), "reshard")
 
@@ -106,7 +106,7 @@ def shard(
     """
     known = as_mesh(mesh)
     if known is None:
-        return values
+        return _read(values)
     leaves, structure = tree.flatten(values)
     layouts = check_leaves("ft.shard", _leaves(values, patterns, "ft.shard"), _table(rules, "ft.shard"), known.sizes)
     cut = [
@@ -125,9 +125,16 @@ def unshard(
     """The tree of global values, on every rank, of a tree of shards. Transpose: `shard`."""
     known = as_mesh(mesh)
     if known is None:
-        return values
+        return _read(values)
     table = _table(rules, "ft.unshard")
     return _moved(values, patterns, current()._replace(mesh=known, rules=table), table, None, "unshard")
+
+
+def _read(values: tree.Tree) -> tree.Tree:
+    """The values as they are; a leaf that was donated raises what it raises on a mesh."""
+    for x in tree.leaves(values):
+        getattr(x, "shape", None)
+    return values
 
 
 def _moved(

@@ -51,6 +51,7 @@ def initial(declarations: tree.Tree, key: Tensor, mesh: Mesh | None, rules: Axis
     with using(current().on(None, None)):  # an initializer sees no mesh: it makes blocks of global values
         values = [param.init(threefry.fold_in(key, path), param, block) for path, param, block in made]
     _check_values(what, paths, leaves, blocks, values, key)
+    values = [x.detach() for x in values]  # no views: of one, its base holds the memory too, and donation copies it
     if mesh is not None:
         for x, layout in zip(values, layouts, strict=True):
             mark_cut(x, what, layout, mesh.sizes)

@@ -7,13 +7,14 @@ whatever reads one raises `DonatedError`. Memory that anybody else can see is co
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
+from torch.utils._python_dispatch import _disable_current_modes
 
 from functitan import tree
 from functitan.errors import DonatedError, FunctitanError, report
@@ -39,7 +40,9 @@ class Donated(Tensor):
 class _DonatedFake(FakeTensor):
     """The same of a tensor that a program is traced on."""
 
-    __torch_function__ = Donated.__torch_function__
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return Donated.__torch_function__(func, types, args, kwargs)
 
 
 def is_donated(leaf: Any) -> bool:
@@ -86,36 +89,37 @@ def take(leaves: list[Any], where: Where, check: Callable[[], None] = lambda: No
         torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in leaves)
     ):
         return [x.clone() if isinstance(x, Tensor) else x for x in leaves]
-    alone = [type(x) is Tensor and _is_alone(x) for x in leaves]
+    alone = [type(x) in _SOLID and _is_alone(x) for x in leaves]
     if len(set(map(id, leaves))) < len(leaves):  # one object stands twice
         alone = [
             free and not any(x is y for y in leaves[:i]) for i, (x, free) in enumerate(zip(leaves, alone, strict=True))
         ]
     if not all(alone):
         check()
-    own = [x.detach() if free else _own(x) for x, free in zip(leaves, alone, strict=True)]
+    copied = lambda x: x.detach().clone() if isinstance(x, Tensor) else x
+    own = [x.detach() if free or type(x) is FakeTensor else copied(x) for x, free in zip(leaves, alone, strict=True)]
     try:
         with torch._C.DisableTorchFunctionSubclass():  # private: tried on torch 2.13
-            _end(leaves, own, where)
+            _end(leaves, own, alone, where)
     except BaseException:
         give_back(leaves, own)
         raise
     return own
 
 
-def _end(leaves: list[Any], own: list[Any], where: Where) -> None:
-    """Make tensor objects `Donated`, now that others have their memory."""
-    note, dead = (where, Tensor), None
-    for x, y in zip(leaves, own, strict=True):
+def _end(leaves: list[Any], own: list[Any], alone: list[bool], where: Where) -> None:
+    """Make tensor objects `Donated`, now that others have their memory, or copies of it."""
+    note, dead = (where, Tensor, True), None
+    for x, y, free in zip(leaves, own, alone, strict=True):
         kind = type(x)
         end = _ENDS.get(kind)
-        if end is None:  # no tensor, a copied one, or one that stands twice
+        if end is None:  # no tensor, one that is copied, or one that stands twice
             continue
         if x.__dict__:  # notes on the value, as that of how it lies
             y.__dict__.update(x.__dict__)
-        x.__dict__[_WHERE] = note if kind is Tensor else (where, kind)
+        x.__dict__[_WHERE] = note if free and kind is Tensor else (where, kind, free)
         x.__class__ = end
-        if end is Donated:
+        if free:  # else somebody sees its memory, perhaps by its own C++ object, and that is not written into
             try:
                 x.data = dead  # seen where no class is asked (torch.func.grad); and what was given holds no memory
             except (TypeError, RuntimeError):  # the first, or on another device
@@ -128,22 +132,16 @@ def give_back(leaves: Sequence[Any], own: Sequence[Any]) -> None:
     with torch._C.DisableTorchFunctionSubclass():
         for x, y in zip(leaves, own, strict=True):
             if is_donated(x):
-                x.__class__ = x.__dict__.pop(_WHERE)[1]
-                x.data = y
-
-
-def _own(x: Any) -> Any:
-    """A tensor object for who takes `x` over, which others may see; `x` itself where it is no tensor."""
-    if type(x) is FakeTensor or (type(x) is Parameter and _is_alone(x)):
-        return x.detach()
-    return x.detach().clone() if isinstance(x, Tensor) else x
+                _, x.__class__, free = x.__dict__.pop(_WHERE)
+                if free:
+                    x.data = y
 
 
 def _is_alone(x: Tensor) -> bool:
     """True if nothing but this tensor can see its memory: no view, array, graph, or whoever made the memory."""
     # private torch API, tried on torch 2.13: how many hold a tensor, and its storage, which `storage` holds too
     storage = x.untyped_storage()
-    alone = torch._C._storage_Use_Count(storage._cdata) == 2 and x._use_count() == 1
+    alone = torch._C._storage_Use_Count(storage._cdata) == 2 and x._use_count() == 1  # type: ignore[attr-defined]
     return alone and storage.resizable()  # memory that others made cannot be resized
 
 
@@ -169,7 +167,10 @@ def _told(where: Where | None) -> str:
 
 
 def _read(number: Any) -> str:
-    return str(int(number)) if type(number) is Tensor else "?"
+    """A tensor's number, if it has one: what is traced, or was donated itself, has none."""
+    with suppress(Exception), _disable_current_modes():  # the error that is told matters more than its number
+        return str(int(number)) if type(number) is Tensor else "?"
+    return "?"
 
 
 def check_donated(
