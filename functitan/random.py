@@ -27,6 +27,7 @@ from functitan.axes import Axes, parse_axes
 from functitan.errors import FunctitanError, report
 from functitan.ops.function import Hiddens, hidden_axes, hide
 from functitan.ops.operands import Operand, check_operands
+from functitan.ops.remembered import made
 from functitan.ops.types import Type, layout_here
 from functitan.sharding.context import Env, current
 from functitan.sharding.layout import Layout, block_of, check_leaves, check_rank, global_shape
@@ -213,7 +214,7 @@ def _drawn(
     if like is not None:
         check_operands(f"{what}(pattern={pattern!r})", Operand("like", like, axes))
         place = place_like(axes, like, key, env)
-        return draw_at(place, draw, key, like.device if device is None else device)
+        return made(what, axes, draw_at(place, draw, key, like.device if device is None else device), env)
     assert shape is not None
     whole = threefry.check_shape(shape)
     check_rank(axes, whole, what)
@@ -221,7 +222,7 @@ def _drawn(
         return draw_at(Place(whole, (None,)), draw, key, device)
     assert env.rules is not None
     check_leaves(what, [("the result", pattern, whole)], env.rules, env.mesh.sizes)
-    return draw_at(_place(axes, whole, (key,), env), draw, key, device)
+    return made(what, axes, draw_at(_place(axes, whole, (key,), env), draw, key, device), env)
 
 
 def _dtype(dtype: torch.dtype | None, like: Tensor | None) -> torch.dtype:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from functitan import threefry, tree
-from functitan.errors import FunctitanError, MeshError, report
+from functitan.errors import FunctitanError, LayoutError, MeshError, report
 from functitan.models import llama
 from functitan.ops.attention import attention
 from functitan.ops.lookup import select
@@ -128,5 +128,8 @@ def _check_rules() -> None:
         return
     layout = env.layout(("batch", "seq"))
     bad = [f"axis {axis!r} is sharded by {dims}" for axis, dims in zip(layout.axes, layout.dims, strict=True) if dims]
+    if env.sequence.ranks("seq", env.mesh.sizes) > 1:
+        problem = "tokens lie in the order 'zigzag' of ft.context_parallel, and new ones come at the end"
+        raise LayoutError(report("generate", [problem], "call it outside ft.context_parallel(fn, order='zigzag')"))
     if bad:
         raise MeshError(report("generate", bad, "run it in ft.spmd(..., rules=rules.replace(batch=None, seq=None))"))

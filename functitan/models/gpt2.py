@@ -18,6 +18,7 @@ from functitan.models.language import (
     bad_sizes,
     check_batch,
     check_params,
+    marks_of,
     mask_padding,
     next_token_loss,
     padded,
@@ -126,8 +127,12 @@ def apply(
 
 
 def loss(params: tree.Tree, batch: dict[str, Tensor], config: GPT2Config, **options: Any) -> tuple[Tensor, Tensor]:
-    """(sum of the cross entropies, number of labels that count) of {"tokens", "labels"}, both "batch seq"."""
+    """(sum of the cross entropies, number of labels that count) of {"tokens", "labels"}, both "batch seq".
+
+    A batch may have "positions" and "segments" too: of packed documents, or of tokens in another order.
+    """
     check_batch("gpt2", batch)
+    options = marks_of(batch) | options
     return next_token_loss(apply(params, batch["tokens"], config, **options), batch["labels"])
 
 

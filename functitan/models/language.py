@@ -98,6 +98,11 @@ def check_params(model: str, given: tree.Tree, declared: tree.Tree) -> None:
         raise FunctitanError(report(f"{model}.apply", problems, fix))
 
 
+def marks_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a batch says of its tokens besides: "positions" and "segments", as `apply` takes them."""
+    return {name: batch[name] for name in ("positions", "segments") if name in batch}
+
+
 def check_batch(model: str, batch: dict[str, Tensor]) -> None:
     """Raise `FunctitanError` for a batch without tokens or labels."""
     missing = [f"there is no {name!r}" for name in ("tokens", "labels") if name not in batch]

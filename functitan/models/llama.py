@@ -18,6 +18,7 @@ from functitan.models.language import (
     check_batch,
     check_params,
     counted,
+    marks_of,
     mask_padding,
     next_token_loss,
     padded,
@@ -170,7 +171,7 @@ def loss(
     a rank has logits of only so many positions at a time (`ft.linear_cross_entropy`): for long sequences.
     """
     check_batch("llama", batch)
-    options = {name: batch[name] for name in ("positions", "segments") if name in batch} | options
+    options = marks_of(batch) | options
     if chunk is None:
         return next_token_loss(apply(params, batch["tokens"], config, **options), batch["labels"])
     x, labels = hidden(params, batch["tokens"], config, **options), batch["labels"]

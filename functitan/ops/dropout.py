@@ -16,6 +16,7 @@ from functitan.axes import parse_axes
 from functitan.errors import FunctitanError, report
 from functitan.ops.contraction import lift
 from functitan.ops.operands import Operand, check_operands
+from functitan.ops.remembered import made
 from functitan.ops.types import Type
 from functitan.random import draw_at, place_like
 from functitan.sharding.context import current
@@ -43,7 +44,7 @@ def dropout(pattern: str, x: Tensor, key: Tensor, rate: float) -> Tensor:
     if env.mesh is not None:  # where a vmap over keys has taken mesh dims of x
         x = lift(Type(axes), x, place.hidden, env, Label("dropout", pattern))
     kept = draw_at(place, partial(_kept, 1 - rate), key, x.device)
-    return torch.where(kept, x / (1 - rate), 0.0)
+    return made("dropout", axes, torch.where(kept, x / (1 - rate), 0.0), env)
 
 
 def _kept(p: float, key: Tensor, shape: tuple[int, ...], **where: Any) -> Tensor:

@@ -18,6 +18,7 @@ from functitan.ops.contraction import contract, defers
 from functitan.ops.float8 import converted
 from functitan.ops.local import product
 from functitan.ops.operands import Operand, check_operands
+from functitan.ops.remembered import made
 from functitan.ops.types import Type
 from functitan.ops.weights import are_pairs, weighted
 from functitan.sharding.context import current
@@ -77,6 +78,8 @@ def einsum(pattern: str, *tensors: Tensor) -> Any:
         _check(pattern, signature, tensors)
         compute = None if env.precision is None else env.precision.compute
         results = contract(typed, tensors, env, Label("einsum", pattern), compute=compute, arithmetic=arithmetic)
+        if env.checked:
+            results = tuple(made("einsum", axes, x, env) for axes, x in zip(signature.results, results, strict=True))
     return results[0] if len(results) == 1 else results
 
 

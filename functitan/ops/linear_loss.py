@@ -19,6 +19,7 @@ from functitan.ops.function import Call, apply, hidden_axes
 from functitan.ops.labels import IGNORE, check_labels
 from functitan.ops.linear_loss_op import LINEAR_LOSS, Options, static_of
 from functitan.ops.operands import Operand, check_operands
+from functitan.ops.remembered import made
 from functitan.ops.types import Type, resolve
 from functitan.sharding.context import current
 from functitan.sharding.contraction import Contraction, Term
@@ -88,7 +89,7 @@ def linear_cross_entropy(
     static = static_of(typed, full, axes.embed, axes.vocab, options, label)
     call = Call(LINEAR_LOSS, env, static, hidden, (of_rows, of_rows))
     loss, _ = apply(call, x, w, move(rows, static.rows, labels, env, label))
-    return move(static.rows, Type(axes.result), loss, env, label)
+    return made(label.op, axes.result, move(static.rows, Type(axes.result), loss, env, label), env)
 
 
 class _Axes(NamedTuple):

@@ -17,7 +17,9 @@ from functitan.errors import PatternError, nearest, report
 from functitan.ops.contraction import lift
 from functitan.ops.function import Call, Hidden, Hiddens, Op, apply, hidden_axes, hide, peeled
 from functitan.ops.operands import Operand, check_operands
+from functitan.ops.order import slots_of, zigzag_ranks
 from functitan.ops.pipelined import rings_here
+from functitan.ops.remembered import made
 from functitan.ops.rows import LookupAxes, put_rows, take_rows
 from functitan.ops.types import Type, check_cotangents, global_sizes, resolve
 from functitan.sharding.choice import Fixed
@@ -43,9 +45,12 @@ def take(pattern: str, indices: Tensor, table: Tensor) -> Tensor:
     """
     ids, rows, result = _parse(pattern, f"take({pattern!r})")
     check_operands(f"take({pattern!r})", Operand("indices", indices, ids, "int"), Operand("table", table, rows))
-    env, types = current(), _Types(Type(ids), Type(rows), Type(result))
+    env, types, label = current(), _Types(Type(ids), Type(rows), Type(result)), Label("take", pattern)
+    ranks = zigzag_ranks(types.axes.looked_up, env)
+    if ranks > 1:
+        indices = slots_of(indices, ranks, global_sizes(rows, table, env, label)[types.axes.looked_up])
     dtype = env.precision.compute if env.precision is not None and table.is_floating_point() else None
-    return _lookup("take", types, indices, table, env, Label("take", pattern), (), dtype=dtype)
+    return made("take", result, _lookup("take", types, indices, table, env, label, (), dtype=dtype), env)
 
 
 def select(pattern: str, x: Tensor, index: int | Tensor) -> Tensor:
@@ -53,6 +58,7 @@ def select(pattern: str, x: Tensor, index: int | Tensor) -> Tensor:
 
     A tensor of indices has the axes of a second operand: `select("batch seq embed, batch -> batch embed", x, last)`.
     Negative indices count from the end. The axis goes, and the layout of the others is that of the result's pattern.
+    Along the axis that `ft.context_parallel` orders, indices here and in `take` are positions: -1 is the last token.
 
     >>> select("batch seq -> batch", torch.arange(6).view(2, 3), -1)
     tensor([2, 5])
@@ -81,7 +87,9 @@ def select(pattern: str, x: Tensor, index: int | Tensor) -> Tensor:
     else:
         problem = f"index {index} is out of range for axis {axes.looked_up!r} of size {size}"
         raise PatternError(report(f"select({pattern!r})", [problem], f"give one from {-size} to {size - 1}"))
-    return _lookup("take", _Types(Type(ids), Type(rows), Type(result)), indices, x, env, label, ())
+    indices = slots_of(indices, zigzag_ranks(axes.looked_up, env), size)
+    found = _lookup("take", _Types(Type(ids), Type(rows), Type(result)), indices, x, env, label, ())
+    return made("select", result, found, env)
 
 
 def sizes(pattern: str, x: Tensor) -> dict[str, int]:
@@ -136,7 +144,7 @@ def iota(pattern: str, axis: str, like: Tensor | None = None, **sizes: int) -> T
         row = torch.arange(shape[place], device=device)
     else:
         row = positions_of(env.sequence.held(axis, shape[place], layout.of(axis), env.mesh), device)
-    return hide(row.view([-1 if a == axis else 1 for a in axes]).expand(shape), hidden)
+    return made("iota", axes, hide(row.view([-1 if a == axis else 1 for a in axes]).expand(shape), hidden), env)
 
 
 class _Types(NamedTuple):

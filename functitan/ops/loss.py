@@ -20,6 +20,7 @@ from functitan.ops.function import Call, Hidden, Op, apply, hidden_axes
 from functitan.ops.labels import IGNORE, check_labels, own_labels, poisoned
 from functitan.ops.local import product
 from functitan.ops.operands import Operand, check_operands
+from functitan.ops.remembered import made
 from functitan.ops.types import Type, check_cotangents, resolve
 from functitan.sharding.context import Env, current
 from functitan.sharding.contraction import Contraction, Term
@@ -90,7 +91,7 @@ def _sharded(
     labels = move(Type(rows), inner, labels, env, label)
     call = Call(_CROSS_ENTROPY, env, static, (every, every), (every, every))
     loss, _ = apply(call, logits, labels)
-    return move(inner, Type(result), loss, env, label)
+    return made("cross_entropy", result, move(inner, Type(result), loss, env, label), env)
 
 
 def _run(call: Call, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,11 +17,13 @@ from functitan.axes import Axes, parse_axes, parse_signature, write_axes
 from functitan.errors import MeshError, PatternError, report
 from functitan.ops.contraction import move
 from functitan.ops.operands import Operand, check_operands
+from functitan.ops.order import renamed, reordered, with_whole, zigzag_ranks
+from functitan.ops.remembered import made
 from functitan.ops.types import Type, layout_here
 from functitan.param import Param
 from functitan.sharding.context import Env, as_mesh, current
 from functitan.sharding.cut import mark_cut, refuse_shards
-from functitan.sharding.layout import Layout, axes_of, block_of, check_leaves, global_shape, layout_of, table_of, whole
+from functitan.sharding.layout import axes_of, block_of, check_leaves, global_shape, layout_of, table_of, whole
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.rules import AxisRules
 from functitan.sharding.steps import Label
@@ -30,7 +32,8 @@ from functitan.sharding.steps import Label
 def constrain(pattern: str, x: Tensor) -> Tensor:
     """Move a tensor by renaming its axes: `"batch seq embed -> batch whole_seq embed"`.
 
-    The rules give the new names their layout. Transpose: the move back.
+    The rules give the new names their layout. An axis that `ft.context_parallel` orders is under another name in the
+    order of positions. Transpose: the move back.
 
     >>> import torch
     >>> constrain("batch seq -> batch whole_seq", torch.ones(2, 3)).shape
@@ -41,7 +44,7 @@ def constrain(pattern: str, x: Tensor) -> Tensor:
     env = current()
     if env.mesh is None:
         return x
-    return move(Type(axes), Type(axes, lookup=names), x, env, Label("constrain", pattern))
+    return made("constrain", axes, renamed(axes, names, x, env, Label("constrain", pattern)), env, names)
 
 
 def where_whole(pattern: str, axis: str, fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -59,11 +62,12 @@ def where_whole(pattern: str, axis: str, fn: Callable[[Tensor], Tensor], x: Tens
     if env.mesh is None:
         return fn(x)
     label, own = Label("where_whole", pattern), Type(axes)
-    layout = layout_here(axes, x, env)
-    if not layout.of(axis):
+    ranks = zigzag_ranks(axis, env)
+    if ranks == 1 and not layout_here(axes, x, env).of(axis):
         return fn(x)
-    goal = Type(axes, layout=Layout(layout.axes, tuple(() if a == axis else layout.of(a) for a in layout.axes)))
-    return move(goal, own, fn(move(own, goal, x, env, label)), env, label)
+    at, goal = axes.index(axis), with_whole(axes, {axis}, x, env)
+    found = fn(reordered(move(own, goal, x, env, label), at, ranks, 1))
+    return made("where_whole", axes, move(goal, own, reordered(found, at, 1, ranks), env, label), env)
 
 
 def constrain_like(pattern: str, x: Tensor, like_pattern: str, like: Tensor) -> Tensor:
@@ -101,28 +105,44 @@ def shard(
 ) -> tree.Tree:
     """This rank's shards of a tree of global values, which every rank has. Nothing is sent.
 
-    `patterns` is a tree or a prefix of patterns; `None` keeps a leaf whole. Raises `LayoutError` that lists every leaf
-    whose sizes its mesh dims do not divide, before any is cut.
+    `patterns` is a tree or a prefix of patterns; `None` keeps a leaf whole. Inside an `ft.context_parallel` that orders
+    an axis it is put in that order, too. Raises `LayoutError` that lists every leaf whose sizes its mesh dims do not
+    divide, before any is cut.
     """
     known = as_mesh(mesh)
     if known is None:
         return _read(values)
     leaves, structure = tree.flatten(values)
     layouts = check_leaves("ft.shard", _leaves(values, patterns, "ft.shard"), _table(rules, "ft.shard"), known.sizes)
+    env = current()._replace(mesh=known)
+    leaves = [
+        x if layout is None else _in_order(x, layout.axes, env, False)
+        for x, layout in zip(leaves, layouts, strict=True)
+    ]
     cut = [
         x if layout is None or not any(layout.dims) else x[block_of(layout, tuple(x.shape), known)].contiguous()
         for x, layout in zip(leaves, layouts, strict=True)
     ]
     for x, layout in zip(cut, layouts, strict=True):
         if isinstance(x, Tensor):
-            mark_cut(x, "ft.shard", layout, known.sizes)
+            ordered = layout is not None and env.sequence.zigzag  # else nobody knows in which order data came
+            mark_cut(
+                x,
+                "ft.shard",
+                layout,
+                known.sizes,
+                tuple(zigzag_ranks(a, env) for a in layout.axes) if ordered else None,
+            )
     return tree.unflatten(structure, cut)
 
 
 def unshard(
     values: tree.Tree, patterns: tree.Tree, *, mesh: Mesh | DeviceMesh | None, rules: AxisRules | None
 ) -> tree.Tree:
-    """The tree of global values, on every rank, of a tree of shards. Transpose: `shard`."""
+    """The tree of global values, on every rank, of a tree of shards. Transpose: `shard`.
+
+    Inside an `ft.context_parallel` that orders an axis, too, they are in the order of positions.
+    """
     known = as_mesh(mesh)
     if known is None:
         return _read(values)
@@ -159,10 +179,20 @@ def _moved(
         now = Type(axes, rules=table_of(pattern, rules))
         goal = Type(axes, layout=whole(axes)) if to is None else Type(axes, rules=to)
         there = move(now, goal, x, env, Label(op, write_axes(axes)))
-        if to is not None:
+        if to is None:
+            there = _in_order(there, axes, env, True)
+        else:
             mark_cut(there, "ft.reshard", layout_of(axes, to, mesh), mesh)
         moved.append(there)
     return tree.unflatten(structure, moved)
+
+
+def _in_order(x: Tensor, axes: Axes, env: Env, inverse: bool) -> Tensor:
+    """A global tensor put in the order that the surroundings give its axes, or back in that of positions."""
+    for at, axis in enumerate(axes):
+        ranks = zigzag_ranks(axis, env)
+        x = reordered(x, at, *((ranks, 1) if inverse else (1, ranks)))
+    return x
 
 
 def _leaves(values: tree.Tree, patterns: tree.Tree, what: str) -> list[tuple[str, str | Param | None, tuple[int, ...]]]:

@@ -18,6 +18,7 @@ from functitan.ops.contraction import lift
 from functitan.ops.function import vmaps_around
 from functitan.ops.operands import Operand, check_operands
 from functitan.ops.reduce import broadcast, reduce
+from functitan.ops.remembered import made
 from functitan.ops.types import Type, layout_here
 from functitan.sharding.context import current, using
 from functitan.sharding.precision import widened
@@ -46,7 +47,7 @@ def rms_norm(pattern: str, x: Tensor, scale: Tensor, *, eps: float = 1e-5) -> Te
     else:
         high = x if x.dtype == torch.float64 else x.float()
         normal = _kept(high * _spread(axes, own, torch.rsqrt(_mean(axes, own, high * high) + eps)), dtype)
-    return (normal * _wide(axes, own, scale).to(normal.dtype)).to(dtype)
+    return made("rms_norm", axes, (normal * _wide(axes, own, scale).to(normal.dtype)).to(dtype), current())
 
 
 def layer_norm(pattern: str, x: Tensor, scale: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
@@ -76,7 +77,8 @@ def layer_norm(pattern: str, x: Tensor, scale: Tensor, bias: Tensor | None = Non
         inverse = torch.rsqrt(_mean(axes, own, centred * centred) + eps)
         normal = _kept(centred * _spread(axes, own, inverse), dtype)
     scaled = normal * _wide(axes, own, scale).to(normal.dtype)
-    return (scaled if bias is None else scaled + _wide(axes, own, bias).to(normal.dtype)).to(dtype)
+    shifted = scaled if bias is None else scaled + _wide(axes, own, bias).to(normal.dtype)
+    return made("layer_norm", axes, shifted.to(dtype), current())
 
 
 def _dtype(x: Tensor) -> torch.dtype:

@@ -13,8 +13,9 @@ from torch import Tensor
 from functitan.axes import Axes, write_axes
 from functitan.errors import PatternError, RulesError, report
 from functitan.ops.function import has_derivative
+from functitan.ops.remembered import check_layouts
 from functitan.ops.types import layout_here
-from functitan.sharding.context import current
+from functitan.sharding.context import Env, current
 from functitan.sharding.cut import MARK, refuse_shards
 from functitan.sharding.layout import whole
 
@@ -34,7 +35,8 @@ class Operand(NamedTuple):
 def check_operands(what: str, *operands: Operand, alike: bool = False) -> None:
     """Raise `PatternError` for operands that are no tensors, or whose rank, dtype or sizes the call cannot have.
 
-    Raises `LayoutError` for shards of `ft.shard`, `ft.init` and their like where there is no mesh.
+    Raises `LayoutError` for shards of `ft.shard`, `ft.init` and their like where there is no mesh; and, while ops are
+    checked, for tensors that were made in another layout than their axes have here.
     With `alike` those that hold no integers share one device and, unless `ft.precision` casts them, one dtype. On a
     mesh sizes are compared as global ones.
 
@@ -46,9 +48,12 @@ def check_operands(what: str, *operands: Operand, alike: bool = False) -> None:
       - indices: dtype float32, where integers are wanted
       Fix: name each dimension of the tensor once, in order; cast by x.long()
     """
-    if _fits(operands, alike):
+    env = current()
+    if env.checked and env.mesh is not None:
+        check_layouts(what, [(name, x, axes, None) for name, x, axes, _ in operands], env)
+    if _fits(operands, alike, env):
         return
-    if current().mesh is None:
+    if env.mesh is None:
         refuse_shards(what, [operand[:2] for operand in operands])
     found = [problem for operand in operands for problem in _alone(operand, len(operands) > 1)]
     tensors = [operand for operand in operands if isinstance(operand.x, Tensor) and not operand.x.is_nested]
@@ -63,9 +68,9 @@ def check_operands(what: str, *operands: Operand, alike: bool = False) -> None:
         raise PatternError(report(what, problems, "; ".join(dict.fromkeys(fixes))))
 
 
-def _fits(operands: tuple[Operand, ...], alike: bool) -> bool:
+def _fits(operands: tuple[Operand, ...], alike: bool, env: Env) -> bool:
     """The usual case, quickly: without a mesh, and nothing to complain about."""
-    on_mesh = current().mesh is not None
+    on_mesh = env.mesh is not None
     if on_mesh and len(operands) > 1:
         return False
     sizes: dict[str, int] = {}

@@ -18,8 +18,10 @@ from torch import Tensor
 from functitan.axes import Axes, check_pattern, parse_axes, write_axes
 from functitan.errors import LayoutError, PatternError, nearest, report
 from functitan.ops.operands import Operand, check_operands
+from functitan.ops.order import zigzag_ranks
+from functitan.ops.remembered import check_layouts, made
 from functitan.ops.types import layout_here
-from functitan.sharding.context import current
+from functitan.sharding.context import Env, current
 from functitan.sharding.cut import refuse_shards
 from functitan.sharding.layout import Layout
 from functitan.sharding.mesh import MeshSizes
@@ -34,7 +36,7 @@ def rearrange(pattern: str, x: Tensor, **sizes: int) -> Tensor:
     have the same names. `sizes` are global; of each composite on the left one may be left out. Views of torch wherever
     views do, and so is the transpose, the rearrangement back. A composite lies as its outermost part does, which alone
     may be sharded: so an axis with a name of its own, "mlp", is split where the table has it as the outermost part.
-    Raises `PatternError`, and `LayoutError` for parts that are sharded inside a composite.
+    Raises `PatternError`, and `LayoutError` for parts that are sharded inside a composite, or lie zigzag.
 
     >>> import torch
     >>> x = torch.arange(6).view(1, 6)
@@ -43,17 +45,35 @@ def rearrange(pattern: str, x: Tensor, **sizes: int) -> Tensor:
              [1, 4],
              [2, 5]]])
     """
-    names, env = _parse(pattern).names, current()
+    (left, right), names, env = _parse(pattern), _parse(pattern).names, current()
     if not isinstance(x, Tensor):
         check_operands(f"rearrange({pattern!r})", Operand("x", x, names))
     if env.mesh is None:
         refuse_shards(f"rearrange({pattern!r})", [("x", x)])
     layout = None if env.mesh is None else layout_here(names, x, env)
+    if env.checked and env.mesh is not None:
+        check_layouts(f"rearrange({pattern!r})", [("x", x, names, left)], env)
+    _check_order(pattern, env)
     mesh = None if env.mesh is None else env.mesh.sizes
     split, order, merged = _recipe(pattern, tuple(x.shape), tuple(sizes.items()), layout, mesh)
-    x = x if split is None else x.reshape(split)
-    x = x if order is None else x.permute(order)
-    return x if merged is None else x.reshape(merged)
+    y = x if split is None else x.reshape(split)
+    y = y if order is None else y.permute(order)
+    y = y if merged is None else y.reshape(merged)
+    return made("rearrange", names, y, env, groups=right)
+
+
+def _check_order(pattern: str, env: Env) -> None:
+    """Raise `LayoutError` for a part of a composite that lies zigzag: its tokens do not stand together there."""
+    axis, sides = env.sequence.axis, _parse(pattern)
+    if zigzag_ranks(axis, env) == 1:
+        return
+    bad = [group for group in dict.fromkeys((*sides.left, *sides.right)) if axis in group and len(group) > 1]
+    problems = [f"{axis!r} of {_write((group,))} lies in the order 'zigzag' of ft.context_parallel" for group in bad]
+    if problems:
+        fix = _FIX_ORDER.format(
+            write_axes(sides.names), write_axes(tuple(f"whole_{a}" if a == axis else a for a in sides.names))
+        )
+        raise LayoutError(report(f"rearrange({pattern!r})", problems, fix))
 
 
 class _Sides(NamedTuple):
@@ -188,6 +208,10 @@ def _write(groups: Groups) -> str:
 
 
 _FIX = "write as in 'batch seq (heads head_dim) -> batch heads seq head_dim', with the same names on both sides"
+_FIX_ORDER = (
+    "put it in the order of positions first, by renaming it to an axis that the rules keep whole: "
+    "ft.constrain('{0} -> {1}', x); or keep the contiguous order"
+)
 _FIX_LAYOUT = (
     "make the part whole first, by renaming it to an axis that the rules keep whole: ft.constrain('{0} -> {1}', x); "
     "or change its rule"

@@ -18,6 +18,7 @@ from functitan.ops.contraction import contract, lift
 from functitan.ops.function import vmaps_around
 from functitan.ops.local import product
 from functitan.ops.operands import Operand, check_operands
+from functitan.ops.remembered import made
 from functitan.ops.types import Type, global_sizes, resolve
 from functitan.sharding.context import Env, current
 from functitan.sharding.contraction import Contraction, Term
@@ -52,12 +53,14 @@ def reduce(pattern: str, x: Tensor, op: str = "sum") -> Tensor:
     env, label = current(), Label("reduce", pattern)
     x = x if op == "max" else widened(x, env.precision)
     if op == "sum":
-        return _sum(axes, result, x, env, label)
-    if op == "mean":
-        return _sum(axes, result, x, env, label) / _count(axes, result, x, env, label)
-    if op == "max":
-        return _max(axes, result, x, env, label)
-    return _logsumexp(axes, result, x, env, label)
+        found = _sum(axes, result, x, env, label)
+    elif op == "mean":
+        found = _sum(axes, result, x, env, label) / _count(axes, result, x, env, label)
+    elif op == "max":
+        found = _max(axes, result, x, env, label)
+    else:
+        found = _logsumexp(axes, result, x, env, label)
+    return made("reduce", result, found, env)
 
 
 def broadcast(pattern: str, x: Tensor, **sizes: int) -> Tensor:
@@ -87,7 +90,8 @@ def broadcast(pattern: str, x: Tensor, **sizes: int) -> Tensor:
     (layout,) = resolve(typed._replace(sizes=tuple((axis, 0) for axis in new)), (x,), env, label)[0].results
     known = tuple((axis, sizes.get(axis, env.mesh.sizes.size(layout.of(axis)))) for axis in new)
     compute = None if env.precision is None else env.precision.compute
-    return contract(typed._replace(sizes=known), (x,), env, label, compute=compute)[0]
+    (found,) = contract(typed._replace(sizes=known), (x,), env, label, compute=compute)
+    return made("broadcast", result, found, env)
 
 
 def count(pattern: str, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from functitan.errors import CollectiveError
-from functitan.sharding.program import disagree, waited
+from functitan.sharding.program import disagree, shorter, waited
 
 _AGREED = "agreed"
 
@@ -67,7 +67,7 @@ def agreement(store: dist.Store, name: str, me: int, members: Sequence[int], tim
             known = keys.check([f"last/{rank}"])
             at, _, last = keys.get(f"last/{rank}").decode().partition(" ") if known else ("-1", "", "")
             if int(at) < number:
-                did = f"; its last: {last.removeprefix('runs ')}" if known else ""
+                did = f"; its last: {shorter(last.removeprefix('runs '))}" if known else ""
                 problems.append(f"rank {rank} did not join within {timeout.total_seconds():g} s{did}")
         return problems or ["a rank ended while all were asked"]
 

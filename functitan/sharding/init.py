@@ -54,7 +54,7 @@ def initial(declarations: tree.Tree, key: Tensor, mesh: Mesh | None, rules: Axis
     values = [x.detach() for x in values]  # no views: of one, its base holds the memory too, and donation copies it
     if mesh is not None:
         for x, layout in zip(values, layouts, strict=True):
-            mark_cut(x, what, layout, mesh.sizes)
+            mark_cut(x, what, layout, mesh.sizes, (1,) * x.dim())  # whatever order data has
     return tree.unflatten(structure, values)
 
 

@@ -39,13 +39,30 @@ def user_line() -> str:
 
 def disagree(programs: Mapping[int, str]) -> str:
     """The error of ranks that part ways: what each of them does."""
-    lines = [f"rank {rank} {program}" for rank, program in sorted(programs.items())]
+    short = {rank: shorter(program) for rank, program in programs.items()}
+    shown = short if len(set(short.values())) > 1 else programs  # shapes of shards, where nothing else differs
+    lines = [f"rank {rank} {program}" for rank, program in sorted(shown.items())]
     return report("ranks of one group run different programs", lines, FIX)
 
 
 def waited(rank: int, program: str, why: list[str]) -> str:
     """The error of a rank that others did not join."""
-    return report(f"rank {rank} waited in {program}", why, FIX)
+    return report(f"rank {rank} waited in {shorter(program)}", why, FIX)
 
 
+def with_shards(line: str, shards: str) -> str:
+    """A line of a program that tells the shards of an op's operands, too."""
+    return f"{shorter(line) or 'an unknown line'}{_SHARDS}{shards}"
+
+
+def shorter(program: str) -> str:
+    """A program without the shards that its op was given.
+
+    >>> shorter(with_shards("case.py:5", "'batch' [2]"))
+    'case.py:5'
+    """
+    return program.partition(_SHARDS)[0]
+
+
+_SHARDS = ", of shards "
 FIX = "every rank runs the same ops in the same order"

@@ -45,8 +45,12 @@ def context_parallel(
     has what one of them sends.
 
     `order="zigzag"` says that along `axis` data lies as `ft.zigzag` puts it over the mesh dims `dims`, so that causal
-    work is equal on all ranks: `ft.iota`, rotary positions and attention then know which positions are where. The
-    other order is "contiguous". Of nested wrappers the inner one wins, in what it is given.
+    work is equal on all ranks. Inside, the order is part of how `axis` lies, and every named op that knows positions
+    counts them as one process would: `ft.iota`, `ft.select`, `ft.take`, `ft.random`, rotary positions, attention; an
+    axis that `ft.constrain` renames comes in the order of positions, and so does what `ft.unshard` gives, while
+    `ft.shard` puts values in this order. What cannot know raises `LayoutError`: `ft.rearrange` of a composite with the
+    axis, generation. Plain torch ops along the axis (a cumsum, a shift, x[:, -1]) see slots: rename it first.
+    The other order is "contiguous". Of nested wrappers the inner one wins, in what it is given.
 
     Raises `FunctitanError` here, and `LayoutError` where a fixed method cannot run.
 
@@ -100,7 +104,7 @@ def zigzag(
     and tensors without the axis stay. Then `ft.shard` as ever, and `ft.context_parallel(fn, order="zigzag")`.
     `inverse` puts results of all positions back. Without a mesh, and over one rank, nothing is moved.
 
-    Raises `LayoutError` for a length that 2n does not divide.
+    Raises `LayoutError` for a length that 2n does not divide, and inside a function that lies in this order already.
 
     Brandon et al., Striped Attention, 2023; The Llama 3 Herd of Models, 2024, section 3.3.2.
 
@@ -112,6 +116,10 @@ def zigzag(
     if known is None:
         return values
     _check_dims(over, known)
+    if current().sequence.ranks(axis, known.sizes) > 1:
+        problem = f"it is called inside ft.context_parallel(order='zigzag'), where {axis!r} lies in that order already"
+        fix = "leave it out: ft.shard and ft.unshard know the order there; or permute outside"
+        raise LayoutError(report("ft.zigzag", [problem], fix))
     leaves, structure = tree.flatten(values)
     given = [axes_of(pattern) for pattern in tree.broadcast_prefix(patterns, values, "ft.zigzag")]
     ranks, lengths, places = known.sizes.size(over), [], []

@@ -22,6 +22,7 @@ from functitan.errors import FunctitanError, report
 from functitan.ops.function import Call, current_level, has_derivative, is_differentiated, transforms_active
 from functitan.sharding.collectives import refuse_forward_mode
 from functitan.sharding.context import Env, current, using
+from functitan.sharding.cut import carry_cut
 from functitan.sharding.explain import shapes_only
 from functitan.sharding.ledger import Ledger
 from functitan.sharding.memo import Kept, Memo
@@ -197,7 +198,7 @@ class _Region(torch.autograd.Function):
     def forward(region: Region, *tensors: Tensor) -> Tensors:  # type: ignore[override]
         env = region.env._replace(vmap_axes=(), differentiated=False, memo=None)
         with using(env), torch.enable_grad(), _marked(region):
-            inputs = tuple(x.detach() for x in tensors)
+            inputs = tuple(carry_cut(x, x.detach()) for x in tensors)
             _stand_in(inputs, tensors, env)
             if "choose" in region.known:
                 region.known["choose"](region, inputs)

@@ -16,11 +16,12 @@ from functitan.axes import Axes
 from functitan.errors import LayoutError, PatternError, report
 from functitan.ops.context.blockwise import Static, Types, blockwise
 from functitan.ops.context.dense import dense
-from functitan.ops.context.masks import Marks, Numbers, Rule, Side, check_rule, seen
+from functitan.ops.context.masks import Marks, Numbers, Rule, Side, check_rule, documents, seen
 from functitan.ops.context.method import Method, Work, choose
 from functitan.ops.context.route import Stop, route
 from functitan.ops.contraction import contract, lift, move
 from functitan.ops.function import Hiddens, hidden_axes, needs_second_derivative, peeled
+from functitan.ops.remembered import made
 from functitan.ops.types import Type, layout_here, resolve
 from functitan.sharding.context import Env
 from functitan.sharding.contraction import Contraction, Term
@@ -48,6 +49,12 @@ class Asked(NamedTuple):
     def by_place(self) -> bool:
         """Whether a token's place in the sequence is its position."""
         return self.marks.positions is None and self.key_marks is None
+
+    @property
+    def by_restarts(self) -> bool:
+        """Whether documents are told apart by positions that begin anew, since no segments do."""
+        alone = self.marks.positions is not None and self.marks.segments is None
+        return alone and self.rule.causal and self.key_marks is None
 
 
 class _Layouts(NamedTuple):
@@ -85,7 +92,7 @@ def lowered(asked: Asked, q: Tensor, k: Tensor, v: Tensor, env: Env) -> Tensor:
         out = _blockwise(asked, layouts, method.ring, rows, every, q, k, v, env)
     else:
         out = _densely(asked, layouts, rows, q, k, v, env)
-    return move(Type(axes, layout=layouts.q), Type(axes), out, env, label)
+    return made("attention", axes, move(Type(axes, layout=layouts.q), Type(axes), out, env, label), env)
 
 
 def check_heads(label: Label, heads: int, kv_heads: int) -> int:
@@ -174,13 +181,14 @@ def _blockwise(
         Type(axes[:-2], layout=layouts.rows), Type(kv_axes[:-2], layout=layouts.columns),
     )  # fmt: skip
     own = Type(axes[:-2])
-    lifted = [None if x is None else lift(own, x, every, env, label) for x in marks]
-    moved = [move(own, kind, x, env, label) for kind in (types.rows, types.columns) for x in lifted if x is not None]
-    there = tuple(x is not None for x in (*marks, *marks))
+    lifted = Marks(*(None if x is None else lift(own, x, every, env, label) for x in marks))
+    of_rows, of_columns = _marks_there(asked, lifted, types.rows, types.columns, env)
+    given = (*of_rows, *of_columns)
+    moved, there = tuple(x for x in given if x is not None), tuple(x is not None for x in given)
     places = _numbered(asked, layouts, q, env.mesh)
     check_rule(asked.rule, label, places, rows, q)
     static = Static(types, asked.rule, rows, columns, blocks, stops, ring, places, there, asked.scale, label)
-    return blockwise(static, q, k, v, tuple(moved), env)
+    return blockwise(static, q, k, v, moved, env)
 
 
 def _densely(asked: Asked, layouts: _Layouts, rows: Runs, q: Tensor, k: Tensor, v: Tensor, env: Env) -> Tensor:
@@ -190,20 +198,35 @@ def _densely(asked: Asked, layouts: _Layouts, rows: Runs, q: Tensor, k: Tensor, 
     columns = env.sequence.held(kv_axes[-3], k.shape[-3], (), env.mesh)
     if _is_plain(asked, rows, (columns,)):
         return dense(q, k, v, None, asked.rule.causal, asked.scale, env, label)
+    kinds = Type(axes[:-2], layout=layouts.rows), Type(kv_axes[:-2], layout=layouts.columns)
     sides = []
-    for its, layout, held, marks in (
-        (axes, layouts.rows, rows, asked.marks),
-        (kv_axes, layouts.columns, columns, asked.key_marks or asked.marks),
-    ):
-        moved = [
-            None if x is None else move(Type(its[:-2]), Type(its[:-2], layout=layout), x, env, label) for x in marks
-        ]
-        at, of_segment = (None if x is None else x.reshape(-1, x.shape[-1]) for x in moved)
+    for held, marks in zip((rows, columns), _marks_there(asked, asked.marks, *kinds, env), strict=True):
+        at, of_segment = (None if x is None else x.reshape(-1, x.shape[-1]) for x in marks)
         sides.append(Side(positions_of(held, q.device) if at is None else at, of_segment))
     places = _numbered(asked, layouts, q, env.mesh)
     check_rule(asked.rule, label, places, rows, q)
     of_rows, of_columns = sides
     return dense(q, k, v, seen(asked.rule, of_rows, of_columns, places, q), False, asked.scale, env, label)
+
+
+def _marks_there(asked: Asked, marks: Marks, rows: Type, columns: Type, env: Env) -> tuple[Marks, Marks]:
+    """The marks of queries and of all keys where the work is done; keys without marks of their own have those of q."""
+    own, of_keys = Type(asked.axes[:-2]), Type(asked.kv_axes[:-2])
+
+    def moved(kind: Type, now: Type, given: Marks) -> Marks:
+        return Marks(*(None if x is None else move(now, kind, x, env, asked.label) for x in given))
+
+    of_rows = moved(rows, own, marks)
+    if asked.key_marks is not None:
+        return of_rows, moved(columns, of_keys, asked.key_marks)
+    of_columns = moved(columns, own, marks)
+    if asked.by_restarts:
+        at, axis = of_columns.positions, asked.axes[-3]
+        assert at is not None and env.mesh is not None
+        found = documents(at, env.sequence.held(axis, at.shape[-1], (), env.mesh))
+        of_columns = of_columns._replace(segments=found)
+        of_rows = of_rows._replace(segments=move(columns, rows, found, env, asked.label))
+    return of_rows, of_columns
 
 
 def _is_plain(asked: Asked, rows: Runs, columns: tuple[Runs, ...]) -> bool:

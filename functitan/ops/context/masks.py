@@ -80,6 +80,20 @@ def seen(rule: Rule, rows: Side, columns: Side, numbers: Numbers, q: Tensor) -> 
     return total.expand(*total.shape[:2], at.shape[-2], key_at.shape[-1])
 
 
+def documents(positions: Tensor, held: Runs) -> Tensor:
+    """The document of each token, by number: one begins where positions do not ascend. All slots are here, `held`.
+
+    >>> from functitan.sharding.sequence import Run
+    >>> documents(torch.tensor([0, 1, 4, 0, 1, 1]), (Run(0, 6),))
+    tensor([0, 0, 0, 1, 1, 2])
+    """
+    places = positions_of(held, positions.device)
+    given = positions[..., places.argsort()] if len(held) > 1 else positions
+    begins = given[..., 1:] <= given[..., :-1]
+    numbers = torch.nn.functional.pad(begins.long(), (1, 0)).cumsum(-1)
+    return numbers[..., places] if len(held) > 1 else numbers
+
+
 def check_rule(rule: Rule, label: Label, numbers: Numbers, rows: Runs, q: Tensor) -> None:
     """Raise `PatternError` for a mask function that is none, or is visibly not pure: it is tried twice, on few indices.
 
