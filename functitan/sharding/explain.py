@@ -6,6 +6,7 @@ allocated or sent.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -25,7 +26,7 @@ from functitan.sharding.context import Env, as_mesh, current, using
 from functitan.sharding.layout import Layout, check_leaves, layout_of, local_shape
 from functitan.sharding.ledger import Ledger
 from functitan.sharding.mesh import Mesh, MeshSizes, Transport, mesh_sizes
-from functitan.sharding.rules import AxisRules
+from functitan.sharding.rules import AxisRules, idle_dims
 from functitan.sharding.traced import unsent
 
 
@@ -75,6 +76,8 @@ def explain(
             fn(*tree.unflatten(structure, shards))
         ledger.peak_bytes = memory.peak
     ledger.notes += _unused(rules, ledger, sizes)
+    if patterns is None and any(isinstance(x, Tensor) and x.dim() for x in leaves) and math.prod(sizes.sizes) > 1:
+        ledger.notes.append("patterns= is not given: tensors among the arguments are whole on every rank")
     return ledger
 
 
@@ -141,10 +144,11 @@ def _shard(leaf: Any, layout: Layout | None, sizes: MeshSizes) -> Any:
 
 
 def _unused(rules: AxisRules, ledger: Ledger, sizes: MeshSizes) -> list[str]:
-    """Rules that no pattern used, and rules that name mesh dims but never won one."""
+    """Mesh dims that no rule uses, rules that no pattern used, and rules that name mesh dims but never won one."""
     used = {axis for axes in ledger.patterns for axis in axes}
     won = {axis for axes in ledger.patterns for axis in axes if layout_of(axes, rules, sizes).of(axis)}
     idle = [name for name in rules if name not in used]
     beaten = [name for name, dims in rules.items() if name in used - won and sizes.size(dims) > 1]
-    notes = [f"rules that nothing used: {write_axes(tuple(idle))}"] if idle else []
+    notes = [text] if (text := idle_dims(rules, sizes)) else []
+    notes += [f"rules that nothing used: {write_axes(tuple(idle))}"] if idle else []
     return notes + ([f"rules that never won a mesh dim: {write_axes(tuple(beaten))}"] if beaten else [])

@@ -73,6 +73,23 @@ class AxisRules:
 
 
 @cache
+def idle_dims(rules: AxisRules, mesh: MeshSizes) -> str:
+    """What is wrong where no rule uses some mesh dims, whose ranks repeat each other's work; else the empty string.
+
+    `pp` has no rule: its ranks run different stages.
+
+    >>> idle_dims(AxisRules({"batch": "dp"}), MeshSizes(("dp", "ep"), (2, 4)))
+    "'ep' (4 ranks) is used by no rule: 8 ranks do the work of 2"
+    """
+    used = {"pp", *(dim for dims in rules.values() for dim in dims)}
+    idle = [dim for dim, n in zip(*mesh, strict=True) if n > 1 and dim not in used]
+    if not idle:
+        return ""
+    names = " and ".join(f"{dim!r} ({mesh.size(dim)} ranks)" for dim in idle)
+    ranks, verb = math.prod(mesh.sizes), "is" if len(idle) == 1 else "are"
+    return f"{names} {verb} used by no rule: {ranks} ranks do the work of {ranks // mesh.size(tuple(idle))}"
+
+
 def check_rules(rules: AxisRules, mesh: MeshSizes) -> None:
     """Raise `RulesError` if the table names a mesh dim that neither this mesh nor the standard has."""
     problems = [

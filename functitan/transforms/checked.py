@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from functitan.errors import CollectiveError, ReplicationError, report
 from functitan.sharding.context import Env, current, using
 from functitan.sharding.layout import axes_of, check_rank, layout_of, table_of
 from functitan.sharding.moves import Step
-from functitan.sharding.rules import AxisRules, Dims
+from functitan.sharding.rules import AxisRules, Dims, idle_dims
 from functitan.sharding.steps import Label, run_step
 
 CHUNK = 1 << 18  # elements that are made float64 at once: 2 MiB
@@ -50,6 +51,7 @@ def checked(fn: Callable[..., Any]) -> Callable[..., Any]:
             return fn(*args, **kwargs)
         if env.checked or (env.mesh is not None and env.mesh.transport.name == "explain"):
             return fn(*args, **kwargs)
+        _warn(env)
         agree = env.mesh.transport.agree if env.mesh is not None else lambda program, wait=True: None
         try:
             with using(env._replace(checked=True)):
@@ -63,6 +65,13 @@ def checked(fn: Callable[..., Any]) -> Callable[..., Any]:
         return out
 
     return inside
+
+
+def _warn(env: Env) -> None:
+    """Warn of mesh dims that no rule uses: from one rank, since all would say the same."""
+    if env.mesh is not None and env.rules is not None and not env.mesh.rank and not env.of_all_stages().mesh.place:
+        if text := idle_dims(env.rules, env.mesh.sizes):
+            warnings.warn(f"functitan: {text}; a rule that names them, or a smaller mesh, would", stacklevel=3)
 
 
 def check_equal(values: tree.Tree, patterns: tree.Tree = None) -> None:
