@@ -6,6 +6,7 @@ anew.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import cache
 
@@ -81,7 +82,7 @@ def idle_dims(rules: AxisRules, mesh: MeshSizes) -> str:
     >>> idle_dims(AxisRules({"batch": "dp"}), MeshSizes(("dp", "ep"), (2, 4)))
     "'ep' (4 ranks) is used by no rule: 8 ranks do the work of 2"
     """
-    used = {"pp", *(dim for dims in rules.values() for dim in dims)}
+    used = {"pp", *(dim for _, dims in rules.items() for dim in dims)}
     idle = [dim for dim, n in zip(*mesh, strict=True) if n > 1 and dim not in used]
     if not idle:
         return ""

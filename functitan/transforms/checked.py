@@ -35,6 +35,10 @@ def checked(fn: Callable[..., Any]) -> Callable[..., Any]:
     inside `fn` `ft.train_step` checks state, batch and values of each step. A check costs one exchange with
     torch.distributed's store before each collective: tenths of a millisecond. Use inside `ft.spmd`.
 
+    Shards of one operand that have other shapes on other ranks are such a difference, and named. And named ops remember
+    how their results lie, as `ft.shard` and `ft.init` do: a tensor that the next op calls by axes that lie otherwise
+    raises `LayoutError`. Plain torch ops give tensors without such a memory. Mesh dims that no rule uses are a warning.
+
     >>> from functitan.ops.reduce import reduce
     >>> checked(lambda x: reduce("batch ->", x))(torch.ones(3))
     tensor(3.)
@@ -69,9 +73,11 @@ def checked(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 def _warn(env: Env) -> None:
     """Warn of mesh dims that no rule uses: from one rank, since all would say the same."""
-    if env.mesh is not None and env.rules is not None and not env.mesh.rank and not env.of_all_stages().mesh.place:
-        if text := idle_dims(env.rules, env.mesh.sizes):
-            warnings.warn(f"functitan: {text}; a rule that names them, or a smaller mesh, would", stacklevel=3)
+    everyone = env.of_all_stages().mesh
+    if env.mesh is None or env.rules is None or everyone is None or everyone.rank:
+        return
+    if text := idle_dims(env.rules, env.mesh.sizes):
+        warnings.warn(f"functitan: {text}; let a rule name it, or leave it out of the mesh", stacklevel=3)
 
 
 def check_equal(values: tree.Tree, patterns: tree.Tree = None) -> None:
