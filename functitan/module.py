@@ -25,6 +25,7 @@ from functitan.ops.replica import one_replica, spread
 from functitan.ops.types import Type
 from functitan.param import Block, Param
 from functitan.sharding.context import current, using
+from functitan.sharding.cut import refuse_shards
 from functitan.sharding.layout import whole
 from functitan.sharding.steps import Label
 
@@ -84,6 +85,7 @@ def _gathered(given: dict[str, Tensor], axes: dict[str, Axes] | None, batch: str
     """Each parameter whole, one copy for each part of the batch."""
     env = current()
     if env.mesh is None:
+        refuse_shards("a function of ft.from_module", given.items())
         return given
     if axes is None:
         problem = "on a mesh its parameters need axes"

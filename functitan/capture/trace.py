@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from functitan.capture.blame import line_of_error, lines_of_strangers, lines_of_writes
 from functitan.errors import CaptureError, report
 from functitan.sharding.context import current, using
+from functitan.sharding.cut import carry_cut
 from functitan.sharding.ledger import Entry
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.traced import Capture, entry_of, is_collective
@@ -93,7 +94,7 @@ def trace(
         return tuple(map(_twin, inputs))
 
     with one_at_a_time, unseen(), mode:
-        fakes = tuple(mode.from_tensor(x) if type(x) is Tensor else _twin(x) for x in inputs)
+        fakes = tuple(carry_cut(x, mode.from_tensor(x) if type(x) is Tensor else _twin(x)) for x in inputs)
         try:
             with traceback.preserve_node_meta():  # marks of what remat computes again
                 mutating = make_fx(inside, decomposition_table=table)(*again())

@@ -129,7 +129,7 @@ def apply(
 def loss(params: tree.Tree, batch: dict[str, Tensor], config: GPT2Config, **options: Any) -> tuple[Tensor, Tensor]:
     """(sum of the cross entropies, number of labels that count) of {"tokens", "labels"}, both "batch seq".
 
-    A batch may have "positions" and "segments" too: of packed documents, or of tokens in another order.
+    A batch may have "positions" and "segments" too, of packed documents: positions that begin anew tell them apart.
     """
     check_batch("gpt2", batch)
     options = marks_of(batch) | options

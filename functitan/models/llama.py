@@ -167,8 +167,8 @@ def loss(
 ) -> tuple[Tensor, Tensor]:
     """(sum of the cross entropies, number of labels that count) of {"tokens", "labels"}, both "batch seq".
 
-    A batch may have "positions" and "segments" too: of packed documents, or of tokens in another order. With `chunk`
-    a rank has logits of only so many positions at a time (`ft.linear_cross_entropy`): for long sequences.
+    A batch may have "positions" and "segments" too, of packed documents: positions that begin anew tell them apart.
+    With `chunk` a rank has logits of only so many positions at a time (`ft.linear_cross_entropy`): for long sequences.
     """
     check_batch("llama", batch)
     options = marks_of(batch) | options

@@ -63,7 +63,7 @@ def apply(
     segments: Tensor | None = None,
     attend: Callable[..., Tensor] = attention,
 ) -> Tensor:
-    """`x` and the result: "batch seq embed"; `positions` and `segments`: "batch seq".
+    """`x` and the result: "batch seq embed"; `positions` and `segments`: "batch seq", as `ft.attention` takes them.
 
     `attend` replaces `ft.attention`, where keys and values come from a cache too. Without `theta` nothing is rotated:
     positions then come with `x`. What the heads give is named "attn_out".

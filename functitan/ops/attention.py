@@ -45,7 +45,9 @@ def attention(
 
     `causal` lets a query see keys at its position and before; `window` those less than so many positions away.
     `segments` (int64, the pattern of q without its last two axes) keep tokens of different segments apart, and
-    `positions`, of the same pattern, replace the places in the sequence. `mask(b, h, q_idx, kv_idx)` is a function as
+    `positions`, of the same pattern, replace the places in the sequence. Where they do not ascend, in the order of
+    tokens, a new document begins that `causal` keeps apart, as `segments` would; where segments are given these alone
+    say so, and within one positions may come in any order. `mask(b, h, q_idx, kv_idx)` is a function as
     FlexAttention takes it, true where a query sees a key: pure, elementwise, of tensors of global indices (`b` counts
     the examples of all batch axes, row-major; the last two are positions). All of them must let a key through; a
     query that sees none gets 0.
@@ -57,7 +59,8 @@ def attention(
     is asked for it runs on SDPA's math backend with keys gathered, and `explain` says so.
 
     With `key_positions` (int64, the pattern of k without its last two axes) keys have places of their own, as those of
-    a cache: `"batch seq heads head_dim, batch cache kv_heads head_dim"`. `causal` then needs `positions` too.
+    a cache: `"batch seq heads head_dim, batch cache kv_heads head_dim"`. `causal` then needs `positions` too, and
+    compares the two, whatever their order.
 
     Raises `PatternError`, also for a mask function that is visibly not pure, and `LayoutError` for a method that cannot
     run, and for positions that are not in the order of the tokens.

@@ -78,7 +78,7 @@ def einsum(pattern: str, *tensors: Tensor) -> Any:
         _check(pattern, signature, tensors)
         compute = None if env.precision is None else env.precision.compute
         results = contract(typed, tensors, env, Label("einsum", pattern), compute=compute, arithmetic=arithmetic)
-        if env.checked:
+        if env.remembers:
             results = tuple(made("einsum", axes, x, env) for axes, x in zip(signature.results, results, strict=True))
     return results[0] if len(results) == 1 else results
 

@@ -49,7 +49,7 @@ def check_operands(what: str, *operands: Operand, alike: bool = False) -> None:
       Fix: name each dimension of the tensor once, in order; cast by x.long()
     """
     env = current()
-    if env.checked and env.mesh is not None:
+    if env.mesh is not None and env.remembers:
         check_layouts(what, [(name, x, axes, None) for name, x, axes, _ in operands], env)
     if _fits(operands, alike, env):
         return

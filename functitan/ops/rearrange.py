@@ -51,7 +51,7 @@ def rearrange(pattern: str, x: Tensor, **sizes: int) -> Tensor:
     if env.mesh is None:
         refuse_shards(f"rearrange({pattern!r})", [("x", x)])
     layout = None if env.mesh is None else layout_here(names, x, env)
-    if env.checked and env.mesh is not None:
+    if env.remembers:
         check_layouts(f"rearrange({pattern!r})", [("x", x, names, left)], env)
     _check_order(pattern, env)
     mesh = None if env.mesh is None else env.mesh.sizes

@@ -1,4 +1,4 @@
-"""What checked ops remember: how each named op's result lies, held against how the next one takes it.
+"""What ops remember while they are checked, captured or explained: how results lie, against how they are taken.
 
 Invariant: only what is known is compared, layouts and orders of tokens and no names: a tensor without a memory, as any
 plain torch op gives one, passes. Nothing is sent.
@@ -23,12 +23,12 @@ T = TypeVar("T", bound=Tensor)
 
 
 def made(by: str, axes: Axes, x: T, env: Env, names: Axes | None = None, groups: Groups | None = None) -> T:
-    """`x`, a named op's result, which while ops are checked remembers how it lies.
+    """`x`, a named op's result, which remembers how it lies, where ops do (`Env.remembers`).
 
     `names` are those to look the layout up by, where they are others; `groups` are the axes of each dimension, where
     some have several.
     """
-    if env.checked and env.mesh is not None:
+    if env.remembers and env.mesh is not None:
         shown = _each(names or axes) if groups is None else groups
         mark_cut(x, by, _lies(names or axes, shown, x, env), env.mesh.sizes, _zigzag(shown, env))
     return x
@@ -56,7 +56,8 @@ def check_layouts(what: str, operands: Iterable[tuple[str, Any, Axes, Groups | N
             was = " ".join("_".join(axis.strip("()").split()) for axis in cut.layout.axes)
             pairs.append((was or used, used))
     if problems:
-        raise LayoutError(report(what, problems, _FIX.format(*pairs[0])))
+        fix = _FIX_MADE if pairs[0][0] == pairs[0][1] else _FIX_NAME.format(*pairs[0])
+        raise LayoutError(report(what, problems, fix))
 
 
 def _each(axes: Axes) -> Groups:
@@ -75,7 +76,11 @@ def _zigzag(groups: Groups, env: Env) -> tuple[int, ...]:
     return tuple(env.sequence.ranks(group[0], env.mesh.sizes) if len(group) == 1 else 1 for group in groups)
 
 
-_FIX = (
+_FIX_NAME = (
     "an axis keeps its name from op to op; ft.constrain renames it and moves the tensor: "
     "ft.constrain('{} -> {}', x), where the rules say how each name lies"
+)
+_FIX_MADE = (
+    "make it as it is used: give ft.shard its pattern, move it by ft.reshard from other rules, and look a table of "
+    "positions up by ft.take(pattern, ft.iota('seq', 'seq', seq=n), table) where tokens lie zigzag"
 )

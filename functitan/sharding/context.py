@@ -55,6 +55,13 @@ class Env(NamedTuple):
     pipeline: Mesh | None = None  # of all pipeline stages, where `mesh` is that of the ranks of this one
     deferred: Deferred | None = None  # takes the gradients of weights, of a backward whole or split in two
 
+    @property
+    def remembers(self) -> bool:
+        """Whether named ops remember how their results lie: on a mesh, where a program runs for the first time."""
+        if self.mesh is None:
+            return False
+        return self.checked or self.capture is not None or self.mesh.transport.name == "explain"
+
     def layout(self, axes: tuple[str, ...]) -> Layout:
         """The layout of a pattern here; only where there is a mesh."""
         assert self.mesh is not None and self.rules is not None

@@ -23,6 +23,7 @@ from functitan.axes import write_axes
 from functitan.errors import MeshError, PatternError, check_function, report
 from functitan.param import Param
 from functitan.sharding.context import Env, as_mesh, current, using
+from functitan.sharding.cut import mark_cut
 from functitan.sharding.layout import Layout, check_leaves, layout_of, local_shape
 from functitan.sharding.ledger import Ledger
 from functitan.sharding.mesh import Mesh, MeshSizes, Transport, mesh_sizes
@@ -69,7 +70,7 @@ def explain(
     ledger = Ledger(f"one call on {dict(zip(sizes.dims, sizes.sizes, strict=True))}, rank 0")
     env = Env(ledger=ledger).on(Mesh(sizes, (0,) * len(sizes.dims), shapes_only(sizes)), rules)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        shards = [_shard(leaf, layout, sizes) for leaf, layout in zip(leaves, layouts, strict=True)]
+        shards = [_shard(leaf, layout, sizes, what) for leaf, layout, what in zip(leaves, layouts, names, strict=True)]
         memory = _Memory([x for x in shards if isinstance(x, Tensor)])
         ledger.argument_bytes = memory.alive
         with using(current()._replace(**env._asdict())), memory:
@@ -137,9 +138,11 @@ def _declared(leaf: Any, pattern: Any) -> Any:
     return leaf if isinstance(leaf, Param) else pattern if isinstance(leaf, Tensor) else None
 
 
-def _shard(leaf: Any, layout: Layout | None, sizes: MeshSizes) -> Any:
+def _shard(leaf: Any, layout: Layout | None, sizes: MeshSizes, what: str) -> Any:
     if layout is not None:
-        return torch.empty(local_shape(layout, tuple(leaf.shape), sizes), dtype=leaf.dtype)
+        x = torch.empty(local_shape(layout, tuple(leaf.shape), sizes), dtype=leaf.dtype)
+        zigzag = (1,) * x.dim() if isinstance(leaf, Param) else None
+        return mark_cut(x, f"ft.explain, as {what}", layout, sizes, zigzag)
     return torch.empty(leaf.shape, dtype=leaf.dtype) if isinstance(leaf, Tensor) else leaf
 
 

@@ -18,6 +18,7 @@ from functitan import tree
 from functitan.axes import Axes, write_axes
 from functitan.errors import CollectiveError, ReplicationError, report
 from functitan.sharding.context import Env, current, using
+from functitan.sharding.cut import refuse_shards
 from functitan.sharding.layout import axes_of, check_rank, layout_of, table_of
 from functitan.sharding.moves import Step
 from functitan.sharding.rules import AxisRules, Dims, idle_dims
@@ -37,7 +38,8 @@ def checked(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     Shards of one operand that have other shapes on other ranks are such a difference, and named. And named ops remember
     how their results lie, as `ft.shard` and `ft.init` do: a tensor that the next op calls by axes that lie otherwise
-    raises `LayoutError`. Plain torch ops give tensors without such a memory. Mesh dims that no rule uses are a warning.
+    raises `LayoutError`. (So it does where `ft.jit` captures a program, and where `ft.explain` runs it.) Plain torch
+    ops give tensors without such a memory. Mesh dims that no rule uses are a warning.
 
     >>> from functitan.ops.reduce import reduce
     >>> checked(lambda x: reduce("batch ->", x))(torch.ones(3))
@@ -93,6 +95,8 @@ def check_equal(values: tree.Tree, patterns: tree.Tree = None) -> None:
 
     >>> check_equal({"w": torch.ones(2, 3)}, "embed mlp")
     """
+    if current().mesh is None:
+        refuse_shards("ft.check_equal", zip(tree.paths(values), tree.leaves(values), strict=True))
     found = differences([held_in(values, patterns, "")], current())
     if found:
         raise ReplicationError(report("ft.check_equal", [f"{path}: {line}" for path, line in found.items()], _FIX))
