@@ -68,10 +68,11 @@ def contract(
     """
     assert env.mesh is not None
     made = made or (None,) * len(typed.results)
+    mesh = env.mesh.sizes
     if env.checked:
         env = _with_shapes(env, typed, tensors)
     full, hidden = resolve(typed, tensors, env, label)
-    chosen = plan(full, env.mesh.sizes, fixed)
+    chosen = plan(full, mesh, fixed)
     # taps see the backward of every op, too
     seen = env.taps is not None or env.memo is not None or defers(tensors, env)
     simple = chosen.is_local and reduction == "sum" and arithmetic is None and not seen

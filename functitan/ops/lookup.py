@@ -140,10 +140,8 @@ def iota(pattern: str, axis: str, like: Tensor | None = None, **sizes: int) -> T
         shape = local_shape(layout, shape, env.mesh.sizes)
     place = axes.index(axis)
     device = like.device if like is not None else None
-    if env.mesh is None:
-        row = torch.arange(shape[place], device=device)
-    else:
-        row = positions_of(env.sequence.held(axis, shape[place], layout.of(axis), env.mesh), device)
+    held = None if env.mesh is None else env.sequence.held(axis, shape[place], layout.of(axis), env.mesh)
+    row = torch.arange(shape[place], device=device) if held is None else positions_of(held, device)
     return made("iota", axes, hide(row.view([-1 if a == axis else 1 for a in axes]).expand(shape), hidden), env)
 
 

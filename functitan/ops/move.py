@@ -125,14 +125,9 @@ def shard(
     ]
     for x, layout in zip(cut, layouts, strict=True):
         if isinstance(x, Tensor):
-            ordered = layout is not None and env.sequence.zigzag  # else nobody knows in which order data came
-            mark_cut(
-                x,
-                "ft.shard",
-                layout,
-                known.sizes,
-                tuple(zigzag_ranks(a, env) for a in layout.axes) if ordered else None,
-            )
+            known_order = layout is not None and env.sequence.zigzag  # else only who brought the data knows
+            zigzag = tuple(zigzag_ranks(axis, env) for axis in layout.axes) if layout and known_order else None
+            mark_cut(x, "ft.shard", layout, known.sizes, zigzag)
     return tree.unflatten(structure, cut)
 
 
