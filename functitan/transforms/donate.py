@@ -190,7 +190,7 @@ def check_donated(
     for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
         if is_donated(leaf):
             problems.append(f"{path} {_told(_found(leaf))}")
-        elif type(leaf) in _SOLID and leaf.numel() and leaf.device.type != "meta":
+        elif type(leaf) in _SOLID and _is_dense(leaf) and leaf.numel() and leaf.device.type != "meta":
             for twin in seen.setdefault(leaf.untyped_storage()._cdata, []):
                 if (i in free or twin in free) and _overlap(leaf, leaves[twin]):
                     problems.append(f"{path} and {paths[twin]} share a buffer: a donated buffer stands once")
@@ -202,8 +202,16 @@ def check_donated(
 
 def _plainly_good(leaves: list[Any]) -> bool:
     """True where nothing was donated and every storage is another."""
-    places = [x.untyped_storage()._cdata for x in leaves if type(x) in _SOLID]
+    try:
+        places = [x.untyped_storage()._cdata for x in leaves if type(x) in _SOLID]
+    except NotImplementedError:  # of a sparse or nested tensor
+        return False
     return len(set(places)) == len(leaves)
+
+
+def _is_dense(x: Tensor) -> bool:
+    """True for a tensor with one storage."""
+    return x.layout == torch.strided and not x.is_nested
 
 
 def _overlap(x: Tensor, y: Tensor) -> bool:
