@@ -82,7 +82,7 @@ class Compiled:
         if transforms_active() or torch.is_grad_enabled() or autocast_is_on():
             _check(self, env)
         its = _Call(self, env, form, wanted, [])
-        values = _Forward.apply(its, *tensors)
+        *values, _ = _Forward.apply(its, *tensors)
         return join(its.region.result, values)
 
     @property
@@ -157,16 +157,18 @@ class _Forward(torch.autograd.Function):
         its.found[:] = [_region(its, xs)]
         if its.region.draws and (its.env.recomputed or its.env.capture is not None):
             raise FunctitanError(report(its.compiled.name, [_DRAWS], FIX_DRAWS))
-        return call(its.region.forward, xs, its.env)
+        # the last result holds nothing but its history: backward's is differentiable wherever an argument is
+        return (*call(its.region.forward, xs, its.env), torch.empty(0))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.its, *tensors = inputs
-        halves, row = ctx.its.region.halves, (*tensors, *output)
+        *results, history = output
+        halves, row = ctx.its.region.halves, (*tensors, *results)
         ctx.num_inputs = len(tensors)
-        ctx.save_for_backward(*(row[i] for i in halves.saved))
+        ctx.save_for_backward(history, *(row[i] for i in halves.saved))
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(y for r, y in enumerate(output) if r not in halves.differentiable))
+        ctx.mark_non_differentiable(*(y for r, y in enumerate(results) if r not in halves.differentiable))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -188,7 +190,7 @@ class _Forward(torch.autograd.Function):
 
 class _Backward(torch.autograd.Function):
     @staticmethod
-    def forward(its: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(its: _Call, history: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         region = its.region
         count = len(region.halves.saved)
         assert region.backward is not None

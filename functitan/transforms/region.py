@@ -80,6 +80,7 @@ def recorded(
         if isinstance(policy, Names):
             check_names(policy.names, names, where)
         entries = () if memo is None else memo.entries()
+        known["notes"] = None if memo is None else memo.finish()
         known["results"], known["places"] = len(results), [(kept.place, len(kept.results)) for kept in entries]
         stored = [x for kept in entries for x in kept.results]
         known["devices"] = [x.device for x in stored]
@@ -92,10 +93,13 @@ def recorded(
         kept = tuple(Kept(place, tuple(next(left) for _ in range(n))) for place, n in known["places"])
         here = current()
         phase = "backward" if here.phase == "forward" else here.phase
-        memo = Memo(kept=kept) if wants else None
+        memo = Memo(None, kept, known["notes"], where) if wants else None
         numbers = None if here.float8 is None else here.float8.at(known["mark"])
         with using(here._replace(phase=phase, recomputed=True, memo=memo, float8=numbers)):
-            return again(lambda: flat(*xs), known["drawn"], env, where)
+            results = again(lambda: flat(*xs), known["drawn"], env, where)
+        if memo is not None:
+            memo.finish()
+        return results
 
     def choose(region: Region, tensors: Tensors) -> None:
         assert isinstance(policy, Budget)

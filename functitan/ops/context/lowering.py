@@ -71,6 +71,8 @@ def lowered(asked: Asked, q: Tensor, k: Tensor, v: Tensor, env: Env) -> Tensor:
     assert env.mesh is not None
     axes, kv_axes, label = asked.axes, asked.kv_axes, asked.label
     once = not needs_second_derivative(env)
+    if env.memo is not None:  # the calls of the other way have other numbers
+        env = env._replace(memo=env.memo.within(*label, "blockwise" if once else "dense"))
     given = [q, k, v, *(x for marks in (asked.marks, asked.key_marks or ()) for x in marks if x is not None)]
     every = tuple(sorted({hidden for x in given for hidden in hidden_axes(x, env)}))
     q, k, v = (lift(Type(its), x, every, env, label) for its, x in ((axes, q), (kv_axes, k), (kv_axes, v)))
