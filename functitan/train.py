@@ -22,8 +22,10 @@ from functitan import random, tree
 from functitan.declared import Declared, check_declared
 from functitan.errors import FunctitanError, check_function, report
 from functitan.frozen import trained
+from functitan.ops.function import transforms_active
 from functitan.optim import ClipState, GradientTransformation, apply_updates, loss_scale
 from functitan.optim.finite import check_policy, guarded
+from functitan.optim.kernels import transformed
 from functitan.optim.transform import check_transformations
 from functitan.param import Param
 from functitan.reached import Part, with_gradients_of
@@ -160,7 +162,8 @@ def train_step(
                 return apply_updates(params, updates, donate=told), own
 
         policy = nonfinite if scale is None else "ignore"
-        with using(current()._replace(phase="update")), torch.no_grad():
+        derived = current().differentiated or transforms_active()
+        with using(current()._replace(phase="update")), nullcontext() if derived else torch.no_grad():
             new, skipped = within("update", guarded, policy, loss, grads, state.step, old, update, donate)
         metrics = {"loss": loss, "count": count, **_norms(new[1]), **apart, **skipped}
         params, opt_state = part.params_back(new[0], state.params), part.put_back(new[1], state.opt_state)
@@ -169,15 +172,22 @@ def train_step(
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         _check_state(state, tx, known)
         donated = OrderedDict(params=state.params, opt_state=state.opt_state)  # parameters first: errors list them so
-        check_donated(donated, "ft.train_step: the state")
+        env = current()
+        if not transformed(x for x in tree.leaves((donated, batch)) if isinstance(x, Tensor)):
+            check_donated(donated, "ft.train_step: the state")
+        elif donate:
+            raise FunctitanError(report("ft.train_step", [_OVERWRITES], "make the step with donate=False"))
+        else:
+            env = env._replace(differentiated=env.differentiated or not transforms_active())
+        outer, capture = env.mesh, env.capture
         check_declared(state, "ft.train_step", said)
-        outer, capture = current().mesh, current().capture
         due = _due(check, outer or state.mesh, seen[capture is not None])
         inner = checked(run) if due and capture is None else run
         if capture is not None:
             capture.compared = capture.compared or due
         inner = inner if outer is not None else spmd(inner, mesh=state.mesh, rules=state.rules)
-        return within("train_step", inner, state, batch)
+        with using(env):
+            return within("train_step", inner, state, batch)
 
     return step
 
@@ -259,3 +269,6 @@ def _check_state(state: Any, tx: GradientTransformation, known: list[Any]) -> No
             fix = "give ft.TrainState.create and ft.train_step the same optimizer"
             raise FunctitanError(report("ft.train_step: the optimizer state", problems, fix))
         known.append(structure)
+
+
+_OVERWRITES = "it is differentiated, or under vmap: the values that donate=True overwrites are needed there"

@@ -158,6 +158,15 @@ def is_differentiated(x: Tensor) -> bool:
     return x.requires_grad or functorch.is_functorch_wrapped_tensor(x)
 
 
+def is_batched(x: Tensor) -> bool:
+    """True for a tensor that a vmap batches: there is no one value to be read."""
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
+
+
 def requires_gradient(x: Tensor) -> bool:
     """True for a tensor that plain autograd, or a torch.func transform around the caller, takes a gradient of."""
     while not x.requires_grad and functorch.is_functorch_wrapped_tensor(x):

@@ -8,11 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from functitan import tree
 from functitan.errors import FunctitanError, report
 from functitan.optim.clip import clip_by_block_rms
 from functitan.optim.factored import scale_by_factored_rms
-from functitan.optim.kernels import owned, scale_each_
+from functitan.optim.factors import times_each
 from functitan.optim.norms import rms_in
 from functitan.optim.schedules import Schedule
 from functitan.optim.state import aligned
@@ -77,10 +76,9 @@ def scale_by_param_block_rms(least: float = 1e-3) -> GradientTransformation:
             raise FunctitanError(
                 report("scale_by_param_block_rms", ["params is None"], "tx.update(updates, state, params)")
             )
-        leaves, _ = aligned("scale_by_param_block_rms", updates, params=params)
-        leaves = owned(leaves, donate)
+        aligned("scale_by_param_block_rms", updates, params=params)
         each = rms_in(current()._replace(phase="update"), "scale_by_param_block_rms", params, patterns)
-        scale_each_(leaves, [rms.clamp(min=least) for rms in each])
-        return tree.unflatten(tree.flatten(updates)[1], leaves), state
+        factors = [rms.clamp(min=least) for rms in each]
+        return times_each("scale_by_param_block_rms", updates, factors, patterns, donate), state
 
     return GradientTransformation(lambda params: (), update)

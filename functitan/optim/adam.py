@@ -11,7 +11,7 @@ import torch
 
 from functitan import tree
 from functitan.errors import FunctitanError, report
-from functitan.optim.kernels import adam_, owned
+from functitan.optim.kernels import adam
 from functitan.optim.schedules import Schedule
 from functitan.optim.state import aligned, check_real, check_state, scalar_beside, zeros_beside
 from functitan.optim.transform import (
@@ -59,7 +59,8 @@ def adamw(
 def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> GradientTransformation:
     """From gradients to Adam's direction: `mu / (1 - b1^t) / (sqrt(nu / (1 - b2^t)) + eps)`.
 
-    The moments have the parameters' dtypes; complex ones are refused by `init`. Kingma and Ba, arXiv:1412.6980.
+    The moments have the parameters' dtypes, the arithmetic float32 at least; complex parameters are refused by `init`.
+    Kingma and Ba, arXiv:1412.6980.
     """
     problems = [f"{name} is {b}: it must lie in [0, 1)" for name, b in (("b1", b1), ("b2", b2)) if not 0 <= b < 1]
     problems += [f"eps is {eps}: it must not be negative"] if eps < 0 else []
@@ -73,12 +74,12 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Grad
     @donating
     def update(updates, state, params=None, patterns=None, donate=False):
         check_state("scale_by_adam", state, AdamState)
-        grads, *moments = aligned("scale_by_adam", updates, mu=state.mu, nu=state.nu)
-        grads, (mu, nu) = owned(grads, donate), (owned(xs, donate) for xs in moments)
+        grads, *of_state = aligned("scale_by_adam", updates, mu=state.mu, nu=state.nu)
+        moments, seconds = of_state
         count = state.count + 1
-        adam_(grads, mu, nu, count, b1, b2, eps)
         structure = tree.flatten(updates)[1]
-        updates, mu, nu = (tree.unflatten(structure, xs) for xs in (grads, mu, nu))
+        made = adam(grads, moments, seconds, count, b1, b2, eps, donate)
+        updates, mu, nu = (tree.unflatten(structure, xs) for xs in made)
         return updates, AdamState(count, mu, nu)
 
     return GradientTransformation(init, update)

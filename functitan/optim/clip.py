@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from functitan import tree
 from functitan.errors import FunctitanError, report
-from functitan.optim.kernels import owned, scale_, scale_each_, wide_dtype
+from functitan.optim.factors import times, times_each
+from functitan.optim.kernels import wide_dtype
 from functitan.optim.norms import norm_in, rms_in
 from functitan.optim.state import scalar_beside
 from functitan.optim.transform import GradientTransformation, donating
@@ -41,10 +41,8 @@ def clip_by_global_norm(max_norm: float) -> GradientTransformation:
     @donating
     def update(updates, state, params=None, patterns=None, donate=False):
         norm = norm_in(current()._replace(phase="update"), updates, patterns)
-        leaves, structure = tree.flatten(updates)
-        leaves = owned(leaves, donate)
-        scale_(leaves, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-        return tree.unflatten(structure, leaves), ClipState(norm)
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        return times("clip_by_global_norm", updates, factor, patterns, donate), ClipState(norm)
 
     return GradientTransformation(init, update)
 
@@ -76,8 +74,7 @@ def clip_grads(
 
     def clip(values: tree.Tree) -> tuple[tree.Tree, Tensor]:
         tx = clip_by_global_norm(max_norm)
-        with torch.no_grad():
-            clipped, state = tx.update(values, tx.init(values), patterns=patterns)
+        clipped, state = tx.update(values, tx.init(values), patterns=patterns)
         return clipped, state.norm
 
     return clip(grads) if mesh is None else spmd(clip, mesh=mesh, rules=rules)(grads)
@@ -97,10 +94,8 @@ def clip_by_block_rms(threshold: float) -> GradientTransformation:
     @donating
     def update(updates, state, params=None, patterns=None, donate=False):
         each = rms_in(current()._replace(phase="update"), "clip_by_block_rms", updates, patterns)
-        leaves, structure = tree.flatten(updates)
-        leaves = owned(leaves, donate)
-        scale_each_(leaves, [1 / (rms / threshold).clamp(min=1.0) for rms in each])
-        return tree.unflatten(structure, leaves), state
+        factors = [1 / (rms / threshold).clamp(min=1.0) for rms in each]
+        return times_each("clip_by_block_rms", updates, factors, patterns, donate), state
 
     return GradientTransformation(lambda params: (), update)
 

@@ -16,7 +16,7 @@ from functitan import tree
 from functitan.axes import Axes, write_axes
 from functitan.errors import FunctitanError, report
 from functitan.ops.reduce import broadcast, reduce
-from functitan.optim.kernels import owned
+from functitan.optim.kernels import owned, refuse_donation, transformed
 from functitan.optim.patterns import Leaf, leaves_of, named_axes
 from functitan.optim.state import check_real, check_state, described, scalar_beside
 from functitan.optim.transform import GradientTransformation, donating
@@ -62,17 +62,26 @@ def scale_by_factored_rms(beta2_decay: float = -0.8, eps: float | None = None) -
         known = leaves_of("scale_by_factored_rms", updates, patterns, env)
         leaves, structure = tree.flatten(updates)
         of_leaves = _aligned(known, leaves, state)
-        mine = [dict(zip(its, owned(list(its.values()), donate), strict=True)) for its in of_leaves]
-        leaves = owned(leaves, donate)
+        pure = transformed(leaves, *(its.values() for its in of_leaves))
+        if pure:
+            refuse_donation(donate)
+        else:
+            of_leaves = [dict(zip(its, owned(list(its.values()), donate), strict=True)) for its in of_leaves]
+            leaves = owned(leaves, donate)
         count = state.count + 1
         weight = count.to(torch.float64) ** beta2_decay
-        for leaf, g, its in zip(known, leaves, mine, strict=True):
+        directions, mine = [], []
+        for leaf, g, its in zip(known, leaves, of_leaves, strict=True):
             floor = torch.finfo(g.dtype).eps if eps is None else eps
             with using(leaf.env):
-                estimate = _moved(leaf, g.square(), weight.to(g.dtype), floor, **its)
-            g.mul_(estimate.clamp_(min=floor * floor).rsqrt_())
+                estimate, its = _moved(leaf, g.square(), weight.to(g.dtype), floor, pure, **its)
+            mine.append(its)
+            if pure:
+                directions.append(g * estimate.clamp(min=floor * floor).rsqrt())
+            else:
+                directions.append(g.mul_(estimate.clamp_(min=floor * floor).rsqrt_()))
         parts = (tree.unflatten(structure, [its.get(name) for its in mine]) for name in _PARTS)
-        return tree.unflatten(structure, leaves), FactoredState(count, *parts)
+        return tree.unflatten(structure, directions), FactoredState(count, *parts)
 
     return GradientTransformation(init, update)
 
@@ -82,21 +91,28 @@ def _moved(
     square: Tensor,
     weight: Tensor,
     eps: float,
+    pure: bool,
     row: Tensor | None = None,
     column: Tensor | None = None,
     nu: Tensor | None = None,
-) -> Tensor:
-    """Moves the statistics of a leaf towards `square`; the estimate of it that they give, a tensor of its own."""
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The estimate of `square` that a leaf's statistics give once moved towards it, a tensor of its own; and these.
+
+    They are written in place unless `pure`.
+    """
+    lerp = torch.lerp if pure else Tensor.lerp_
     if row is None or column is None:
         assert nu is not None
-        return nu.lerp_(square, weight).clone()
+        nu = lerp(nu, square, weight)
+        return nu.clone(), {"nu": nu}
     whole, rows, columns = leaf.pattern, *(write_axes(axes) for axes in _statistics(leaf.axes)[:2] if axes is not None)
     rest = write_axes(leaf.axes[:-2])
-    row.lerp_(reduce(f"{whole} -> {rows}", square, op="mean"), weight)
-    column.lerp_(reduce(f"{whole} -> {columns}", square, op="mean"), weight)
+    row = lerp(row, reduce(f"{whole} -> {rows}", square, op="mean"), weight)
+    column = lerp(column, reduce(f"{whole} -> {columns}", square, op="mean"), weight)
     mean = reduce(f"{rows} -> {rest}", row, op="mean").clamp(min=eps)
     scaled = row / broadcast(f"{rest} -> {rows}", mean)
-    return broadcast(f"{rows} -> {whole}", scaled) * broadcast(f"{columns} -> {whole}", column)
+    estimate = broadcast(f"{rows} -> {whole}", scaled) * broadcast(f"{columns} -> {whole}", column)
+    return estimate, {"row": row, "column": column}
 
 
 def _statistics(axes: Axes) -> tuple[Axes | None, Axes | None, Axes | None]:

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from functitan import tree
 from functitan.errors import FunctitanError, NonFiniteError, report
+from functitan.ops.function import is_batched, transforms_active
 from functitan.optim.kernels import extremes
-from functitan.sharding.context import current
+from functitan.sharding.collectives import all_reduce
+from functitan.sharding.context import current, using
 from functitan.sharding.moves import Step
 from functitan.sharding.steps import Label, run_step
 
@@ -41,6 +43,9 @@ def guarded(
         return update(donate), {}
     bad = any_nonfinite([loss, grads])
     capture = current().capture
+    if policy == "raise" and is_batched(bad):
+        problem = "nonfinite is 'raise', which reads one value, and under vmap there are many"
+        raise FunctitanError(report("ft.train_step", [problem], "choose 'skip' or 'ignore'"))
     if policy == "raise":
         if capture is not None:  # who runs the graph raises, and leaves what is donated as it was
             capture.failures.append((bad, _captured))
@@ -95,12 +100,15 @@ def _over_ranks(x: Tensor, quiet: bool, stages: bool = True) -> Tensor:
     env = current().of_all_stages() if stages else current()
     dims = tuple(dim for dim, n in env.mesh.shape.items() if n > 1) if env.mesh is not None else ()
     env = env._replace(phase="update", ledger=None if quiet else env.ledger)
+    if dims and transforms_active():
+        with using(env):
+            return all_reduce(x, dims, "max")
     return run_step(x, Step("all_reduce", dims), env, Label("nonfinite", ""), "max") if dims else x
 
 
 def _is_value(x: Tensor) -> bool:
-    """True for a tensor whose value can be read: not a fake or traced one."""
-    return type(x) is Tensor
+    """True for a tensor whose value can be read: not a fake or traced one, nor the values of a vmap."""
+    return type(x) is Tensor and not is_batched(x)
 
 
 def _captured() -> NonFiniteError:

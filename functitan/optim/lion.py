@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from functitan import tree
 from functitan.errors import FunctitanError, report
-from functitan.optim.kernels import lion_, owned
+from functitan.optim import kernels
 from functitan.optim.schedules import Schedule
 from functitan.optim.state import aligned, check_real, check_state, zeros_beside
 from functitan.optim.transform import (
@@ -60,8 +60,7 @@ def scale_by_lion(b1: float = 0.9, b2: float = 0.99) -> GradientTransformation:
     def update(updates, state, params=None, patterns=None, donate=False):
         check_state("scale_by_lion", state, LionState)
         grads, mu = aligned("scale_by_lion", updates, mu=state.mu)
-        grads, mu = owned(grads, donate), owned(mu, donate)
-        lion_(grads, mu, b1, b2)
+        grads, mu = kernels.lion(grads, mu, b1, b2, donate)
         structure = tree.flatten(updates)[1]
         return tree.unflatten(structure, grads), LionState(tree.unflatten(structure, mu))
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from functitan import tree
 from functitan.errors import FunctitanError, report
+from functitan.optim.factors import times
 from functitan.optim.finite import any_nonfinite
-from functitan.optim.kernels import copy_, owned, scale_
+from functitan.optim.kernels import copied, transformed
 from functitan.optim.state import scalar_beside
 from functitan.optim.transform import GradientTransformation, donating
 from functitan.param import Param, constant
@@ -65,16 +66,17 @@ def dynamic_loss_scale(
 
     @donating
     def update(updates, state, params=None, patterns=None, donate=False):
+        updates = times("dynamic_loss_scale", updates, 1 / state.scale, patterns, donate)
         grads, structure = tree.flatten(updates)
-        grads = owned(grads, donate)
-        scale_(grads, 1 / state.scale)
         bad = any_nonfinite(grads)
+        if transformed(grads):  # infinities that are not taken would have derivatives all the same
+            grads = [x.masked_fill(bad, 0.0) for x in grads]
         changes, inner = transformation.update(tree.unflatten(structure, grads), state.inner, params, patterns=patterns)
         changes = tree.map(lambda x: torch.where(bad, torch.zeros_like(x), x), changes)
         inner = tree.map(lambda old, new: torch.where(bad, old, new), state.inner, inner)
         if donate:
-            copy_(tree.leaves(state.inner), tree.leaves(inner))
-            inner = state.inner
+            leaves, inside = tree.flatten(state.inner)
+            inner = tree.unflatten(inside, copied(leaves, tree.leaves(inner), donate))
         good = torch.where(bad, 0, state.good_steps + 1)
         grows = good == interval
         factor = torch.where(bad, backoff, torch.where(grows, growth, 1.0))

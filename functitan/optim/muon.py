@@ -16,7 +16,7 @@ from functitan import tree
 from functitan.axes import Axes
 from functitan.errors import FunctitanError, report
 from functitan.ops.move import reshard
-from functitan.optim.kernels import copy_, lerp_, owned
+from functitan.optim.kernels import copied, moved, replaced
 from functitan.optim.matrices import Matrices, Matrix, as_matrices, parse_matrices
 from functitan.optim.patterns import Leaf, leaves_of, named_axes
 from functitan.optim.schedules import Schedule
@@ -103,19 +103,16 @@ def scale_by_muon(
         grads, moments = aligned("scale_by_muon", updates, momentum=state.momentum)
         known = leaves_of("scale_by_muon", updates, patterns, current()._replace(phase="update"))
         views = as_matrices("scale_by_muon", table, ((leaf.path, leaf.axes) for leaf in known))
-        grads, moments = owned(grads, donate), owned(moments, donate)
-        lerp_(moments, grads, 1 - momentum)
-        if nesterov:
-            lerp_(grads, moments, momentum)
-        else:
-            copy_(grads, moments)
+        moments = moved(moments, grads, 1 - momentum, donate)
+        grads = moved(grads, moments, momentum, donate) if nesterov else copied(grads, moments, donate)
+        directions = []
         for leaf, view, g in zip(known, views, grads, strict=True):
             sizes = dict(zip(leaf.axes, leaf.global_shape(tuple(g.shape)), strict=True))
             outputs, inputs = (math.prod(sizes[axis] for axis in axes) for axes in (view.outputs, view.inputs))
             direction = _direction(leaf, view, g if dtype is None else g.to(dtype), ns_steps)
-            g.copy_(direction).mul_(max(1.0, outputs / inputs) ** 0.5)
+            directions.append(replaced(g, direction, max(1.0, outputs / inputs) ** 0.5))
         structure = tree.flatten(updates)[1]
-        return tree.unflatten(structure, grads), MomentumState(tree.unflatten(structure, moments))
+        return tree.unflatten(structure, directions), MomentumState(tree.unflatten(structure, moments))
 
     return GradientTransformation(init, update)
 

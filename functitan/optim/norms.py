@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from functitan import tree
-from functitan.optim.kernels import squares, wide_dtype
+from functitan.errors import FunctitanError, report
+from functitan.ops.reduce import reduce
+from functitan.optim.kernels import root, square, squares, transformed, wide_dtype
 from functitan.optim.patterns import Leaf, leaves_of
-from functitan.sharding.context import Env, current
+from functitan.sharding.context import Env, current, using
 from functitan.sharding.moves import Step
 from functitan.sharding.rules import Dims
 from functitan.sharding.steps import Label, run_step
@@ -38,6 +40,9 @@ def norm_in(env: Env, values: tree.Tree, patterns: tree.Tree | None) -> Tensor:
     dtype = wide_dtype([x.dtype for x in leaves])
     total = torch.zeros((), dtype=dtype, device=leaves[0].device if leaves else None)
     known = leaves_of("global_norm", values, patterns, env)
+    if transformed(leaves):
+        _check_stages("global_norm", env)
+        return root(total + sum(_reduced(leaf, square(x, dtype), "sum") for leaf, x in zip(known, leaves, strict=True)))
     mine = [env.pipeline is None or env.pipeline.place == leaf.owner for leaf in known]
     for dims, group in _by_dims(known, env).items():
         counted = [leaves[i] for i in group if mine[i]]
@@ -53,6 +58,9 @@ def rms_in(env: Env, what: str, values: tree.Tree, patterns: tree.Tree | None) -
     """The root of the mean square `[]` of each leaf, in float32 or wider."""
     leaves, known = tree.leaves(values), leaves_of(what, values, patterns, env)
     dtype = wide_dtype([x.dtype for x in leaves])
+    if transformed(leaves):
+        _check_stages(what, env)
+        return [root(_reduced(leaf, square(x, dtype), "mean")) for leaf, x in zip(known, leaves, strict=True)]
     found: dict[int, Tensor] = {}
     for dims, group in _by_dims(known, env).items():
         sums = squares([leaves[i] for i in group], dtype)
@@ -60,6 +68,19 @@ def rms_in(env: Env, what: str, values: tree.Tree, patterns: tree.Tree | None) -
         found.update(zip(group, sums.unbind(), strict=True))
     sizes = [math.prod(leaf.global_shape(tuple(x.shape))) for leaf, x in zip(known, leaves, strict=True)]
     return [(found[i] / size).sqrt() for i, size in enumerate(sizes)]
+
+
+def _reduced(leaf: Leaf, x: Tensor, op: str) -> Tensor:
+    """The sum or mean of a leaf's elements by a named op, which has derivatives and sees what vmaps hide."""
+    with using(leaf.env):
+        return reduce(f"{leaf.pattern} ->", x, op=op) if leaf.axes else x
+
+
+def _check_stages(what: str, env: Env) -> None:
+    """Raise `FunctitanError` where stages of a pipeline would add up squares: what they send has no derivative."""
+    if env.pipeline is not None:
+        problem = "it is differentiated, or under vmap, on a pipeline's mesh"
+        raise FunctitanError(report(what, [problem], "differentiate updates on a mesh without pp"))
 
 
 def _by_dims(leaves: list[Leaf], env: Env) -> dict[Dims, list[int]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from functitan import threefry, tree
 from functitan.axes import parse_axes
 from functitan.errors import FunctitanError, report
-from functitan.optim.kernels import copy_
+from functitan.optim.kernels import copied, transformed
 from functitan.optim.patterns import leaves_of
 from functitan.optim.state import scalar_beside
 from functitan.optim.transform import GradientTransformation, donating
@@ -71,8 +71,7 @@ def bfloat16_state(transformation: GradientTransformation, seed: int = 0) -> Gra
             for x, path, param in zip(tree.leaves(new), tree.paths(new), tree.leaves(declared), strict=True)
         ]
         if donate:
-            copy_(stored, rounded)
-            rounded = stored
+            rounded = copied(stored, rounded, donate)
         return updates, RoundedState(state.count + 1, tree.unflatten(structure, rounded))
 
     return GradientTransformation(init, update)
@@ -82,12 +81,15 @@ def stochastic_round(x: Tensor, bits: Tensor) -> Tensor:
     """Float32 `x` in bfloat16: up with the probability of the part that is cut off. `bits`: random integers, 16 bits.
 
     A float32 is its bfloat16 and 16 more bits: these overflow into it in `cut` of 2**16 cases. Values of bfloat16 stay.
+    The derivative is that of the mean, 1.
 
     >>> stochastic_round(torch.tensor([1.0, 1.00390625]), torch.tensor([65535, 32768]))
     tensor([1.0000, 1.0078], dtype=torch.bfloat16)
     """
-    whole = x.view(torch.int32) + (bits & 0xFFFF).to(torch.int32)
+    whole = x.detach().view(torch.int32) + (bits & 0xFFFF).to(torch.int32)
     up = (whole & -0x10000).view(torch.float32)
+    if transformed((x,)):
+        up = x + (up - x.detach())  # exactly `up`: the part that is cut off has few digits
     return torch.where(x.isfinite(), up, x).to(torch.bfloat16)
 
 

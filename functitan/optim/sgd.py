@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from functitan import tree
 from functitan.errors import FunctitanError, report
-from functitan.optim.kernels import add_, copy_, owned, scale_
+from functitan.optim import kernels
 from functitan.optim.schedules import Schedule
 from functitan.optim.state import aligned, check_number, check_state, zeros_beside
 from functitan.optim.transform import GradientTransformation, chain, donating, scale_by_learning_rate
@@ -48,13 +48,7 @@ def scale_by_momentum(decay: float, nesterov: bool = False) -> GradientTransform
     def update(updates, state, params=None, patterns=None, donate=False):
         check_state("scale_by_momentum", state, MomentumState)
         grads, momentum = aligned("scale_by_momentum", updates, momentum=state.momentum)
-        grads, momentum = owned(grads, donate), owned(momentum, donate)
-        scale_(momentum, decay)
-        add_(momentum, grads)
-        if nesterov:
-            add_(grads, momentum, alpha=decay)
-        else:
-            copy_(grads, momentum)  # not the same tensors: who comes next may write into the updates
+        grads, momentum = kernels.momentum(grads, momentum, decay, nesterov, donate)
         structure = tree.flatten(updates)[1]
         return tree.unflatten(structure, grads), MomentumState(tree.unflatten(structure, momentum))
 

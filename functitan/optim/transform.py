@@ -17,7 +17,8 @@ from torch import Tensor
 from functitan import tree
 from functitan.axes import parse_axes
 from functitan.errors import FunctitanError, report
-from functitan.optim.kernels import add_, owned, scale_
+from functitan.optim.factors import times
+from functitan.optim.kernels import added, owned
 from functitan.optim.matrices import no_matrix
 from functitan.optim.patterns import named_axes
 from functitan.optim.schedules import Schedule
@@ -108,9 +109,8 @@ def apply_updates(params: tree.Tree, updates: tree.Tree, donate: bool | str = Fa
     """
     changes, values = aligned("apply_updates", updates, params=params)
     with taken(values, _UPDATE) if donate and donate is not TAKEN else nullcontext(values) as values:
-        values = list(map(carry_cut, values, owned(values, donate)))
-        add_(values, changes)
-        return tree.unflatten(tree.flatten(params)[1], values)
+        made = added(values, changes, donate=donate)
+        return tree.unflatten(tree.flatten(params)[1], list(map(carry_cut, values, made)))
 
 
 def scale(factor: float | Schedule) -> GradientTransformation:
@@ -118,7 +118,12 @@ def scale(factor: float | Schedule) -> GradientTransformation:
     if not callable(factor):
         return GradientTransformation(
             lambda params: (),
-            donating(lambda updates, state, params, patterns, donate: (_scaled(updates, factor, donate), state)),
+            donating(
+                lambda updates, state, params, patterns, donate: (
+                    times("scale", updates, factor, patterns, donate),
+                    state,
+                )
+            ),
         )
 
     def init(params: tree.Tree) -> ScheduleState:
@@ -127,7 +132,8 @@ def scale(factor: float | Schedule) -> GradientTransformation:
     @donating
     def update(updates, state, params=None, patterns=None, donate=False):
         check_state("scale", state, ScheduleState)
-        return _scaled(updates, factor(state.count), donate), ScheduleState(state.count + 1)
+        updates = times("scale", updates, factor(state.count), patterns, donate)
+        return updates, ScheduleState(state.count + 1)
 
     return GradientTransformation(init, update)
 
@@ -160,9 +166,9 @@ def add_decayed_weights(weight_decay: float, mask: Mask | None = None) -> Gradie
             raise FunctitanError(report("add_decayed_weights", ["params is None"], fix))
         changes, weights = aligned("add_decayed_weights", updates, params=params)
         chosen = [i for i, decays in enumerate(chosen_by(mask, params, patterns)) if decays]
-        changes = owned(changes, True) if donate else changes  # one that stays may share memory with one that decays
-        mine = [changes[i] for i in chosen] if donate else owned([changes[i] for i in chosen], False)
-        add_(mine, [weights[i] for i in chosen], alpha=weight_decay)
+        if donate and len(chosen) < len(changes):  # one that stays may share memory with one that decays
+            changes = owned(changes, True)
+        mine = added([changes[i] for i in chosen], [weights[i] for i in chosen], weight_decay, donate)
         decayed = dict(zip(chosen, mine, strict=True))
         return tree.unflatten(tree.flatten(updates)[1], [decayed.get(i, x) for i, x in enumerate(changes)]), state
 
@@ -209,10 +215,3 @@ def check_transformations(what: str, given: Mapping[Any, Any]) -> None:
     ]
     if bad:
         raise FunctitanError(report(what, bad, "give gradient transformations, as ft.optim.adamw(1e-3) makes them"))
-
-
-def _scaled(updates: tree.Tree, factor: float | Tensor, donate: bool | str) -> tree.Tree:
-    leaves, structure = tree.flatten(updates)
-    leaves = owned(leaves, donate)
-    scale_(leaves, factor)
-    return tree.unflatten(structure, leaves)

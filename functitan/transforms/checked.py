@@ -16,7 +16,8 @@ from torch import Tensor
 
 from functitan import tree
 from functitan.axes import Axes, write_axes
-from functitan.errors import CollectiveError, ReplicationError, report
+from functitan.errors import CollectiveError, FunctitanError, ReplicationError, report
+from functitan.ops.function import is_batched
 from functitan.sharding.context import Env, current, using
 from functitan.sharding.cut import refuse_shards
 from functitan.sharding.layout import axes_of, check_rank, layout_of, table_of
@@ -149,6 +150,9 @@ def differences(groups: list[list[Held]], env: Env) -> dict[str, str]:
     dims = compared_dims(env)
     if not dims or not leaves:
         return {}
+    if any(is_batched(leaf.x) for leaf in leaves):
+        problem = "values under vmap are not compared over ranks"
+        raise FunctitanError(report("ft.check_equal", [problem], "vmap a step that is made with check=False"))
     used = [_used(leaf, env) for leaf in leaves]
     sums = digests([leaf.x for leaf in leaves])
     gaps = sums.new_zeros(len(dims), len(leaves))

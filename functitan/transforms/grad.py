@@ -56,7 +56,7 @@ def reaching(
             value, aux = out if has_aux else (out, None)
             return value, aux
 
-        env, nested = _surroundings(leaves)
+        env, nested = _surroundings([*leaves, *_others(args, kwargs, places)])
         with using(env):
             value, aux, grads = _nested(flat, leaves) if nested else _outermost(flat, leaves, unreached)
         found = [None if g is None else carry_cut(x, g) for x, g in zip(leaves, grads, strict=True)]
@@ -156,9 +156,15 @@ def hvp(fn: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any])
     return tree.unflatten(structure, back(tuple(directions)))
 
 
-def _surroundings(leaves: list[Tensor]) -> tuple[Env, bool]:
+def _others(args: tuple[Any, ...], kwargs: dict[str, Any], places: tuple[int, ...]) -> list[Tensor]:
+    """The tensors whose gradients are not taken: the gradients depend on them all the same."""
+    others = [arg for i, arg in enumerate(args) if i not in places], kwargs
+    return [x for x in tree.leaves(others) if isinstance(x, Tensor)]
+
+
+def _surroundings(given: list[Tensor]) -> tuple[Env, bool]:
     """The surroundings of a function whose gradients are taken, and whether these will be differentiated again."""
-    env, outside = current(), torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
+    env, outside = current(), torch.is_grad_enabled() and any(x.requires_grad for x in given)
     nested = transforms_active() or env.differentiated or outside
     return env._replace(differentiated=env.differentiated or outside or not nested), nested
 
