@@ -173,11 +173,11 @@ def train_step(
         _check_state(state, tx, known)
         donated = OrderedDict(params=state.params, opt_state=state.opt_state)  # parameters first: errors list them so
         env = current()
-        if not transformed(x for x in tree.leaves((donated, batch)) if isinstance(x, Tensor)):
+        if not transforms_active():  # whose tensors have no storage
             check_donated(donated, "ft.train_step: the state")
-        elif donate:
-            raise FunctitanError(report("ft.train_step", [_OVERWRITES], "make the step with donate=False"))
-        else:
+        if transformed(x for x in tree.leaves((donated, batch)) if isinstance(x, Tensor)):
+            if donate:
+                raise FunctitanError(report("ft.train_step", [_OVERWRITES], "make the step with donate=False"))
             env = env._replace(differentiated=env.differentiated or not transforms_active())
         outer, capture = env.mesh, env.capture
         check_declared(state, "ft.train_step", said)

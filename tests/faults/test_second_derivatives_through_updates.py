@@ -228,6 +228,14 @@ def test_a_donating_step_refuses_to_be_differentiated():
             transform(stepped(donate=True))(S)
 
 
+def test_looking_for_derivatives_does_not_read_a_donated_state():
+    """The error lists the leaves, as where nothing is differentiated."""
+    step, state = ft.train_step(loss, TX), ft.TrainState.create(DOUBLE, TX, ft.random.key(0))
+    step(state, X)
+    with pytest.raises(ft.DonatedError, match=r"params\.w was donated to step 0 of ft.train_step"):
+        step(state, X)
+
+
 def test_a_step_under_vmap_cannot_raise_for_one_of_its_values():
     with pytest.raises(ft.FunctitanError, match="choose 'skip' or 'ignore'"):
         torch.func.vmap(stepped())(torch.stack([S, S]))
