@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._guards import TracingContext, tracing
 from torch.fx import GraphModule, Node
 
+from functitan.capture.kinds import base
 from functitan.capture.products import choose_products
 from functitan.capture.trace import Program
 from functitan.sharding.lowered import lower_collectives
@@ -48,14 +49,14 @@ def _copy_home(graph: GraphModule, homes: tuple[int | None, ...], failures: int)
 
     with graph.graph.inserting_before(output):
         overwritten = {
-            _storage(placeholders[home])
+            placeholders[home]
             for r, home in enumerate(homes)
             if home is not None and results[r] is not placeholders[home]
         }
         for r, node in enumerate(results[: len(homes)]):  # views of what is overwritten keep their values
             home = homes[r]
             passed = home is not None and node is placeholders[home]
-            if not passed and _storage(node) in overwritten:
+            if not passed and base(node) in overwritten:
                 results[r] = call(aten.clone.default, node)
         failed = reduce(lambda x, y: call(aten.logical_or.default, x, y), flags) if flags else None
         for r, home in enumerate(homes):
@@ -68,11 +69,6 @@ def _copy_home(graph: GraphModule, homes: tuple[int | None, ...], failures: int)
             results[r] = None
     output.args = (tuple(results),)
     graph.recompile()
-
-
-def _storage(node: Node) -> int:
-    """The memory that a node's value lies in: one number for all its views."""
-    return node.meta["val"].untyped_storage()._cdata
 
 
 def _call_directly(graph: GraphModule, program: Program) -> None:

@@ -86,7 +86,7 @@ def trace(
     table = select_decomp_table()
 
     def inside(*xs: Tensor) -> tuple[Tensor, ...]:
-        with using(current()._replace(capture=capture, ledger=None, taps=None, checked=False, profiled=False)):
+        with using(current().key._replace(capture=capture)):
             results = fn(*xs)
         return (*results, *(flag for flag, _ in capture.failures))
 

@@ -17,6 +17,7 @@ from functitan.ops.function import Hidden, Hiddens, hidden_axes
 from functitan.sharding.context import Env, nowhere
 from functitan.sharding.contraction import Contraction, Term
 from functitan.sharding.layout import FIX_RULE, FIX_SIZES, Layout, divisibility, layout_of
+from functitan.sharding.ledger import Ledger
 from functitan.sharding.mesh import MeshSizes
 from functitan.sharding.rules import AxisRules, unknown_names
 from functitan.sharding.steps import Label
@@ -87,9 +88,10 @@ def resolve(
     shown = frozenset(axis for t in (*typed.operands, *typed.results) for axis in t.axes)
     hidden = tuple(hidden_axes(x, env, shown) for x in tensors)
     shapes = tuple(tuple(x.shape) for x in tensors)
-    if env.ledger is not None:  # which notes the patterns that are looked up
-        return _resolved(typed, hidden, shapes, env, label)
-    return _known(typed, hidden, shapes, env.mesh.sizes, env.rules, env.vmap_axes, label)
+    contraction, of_each, patterns = _known(typed, hidden, shapes, env.mesh.sizes, env.rules, env.vmap_axes, label)
+    if env.ledger is not None:
+        env.ledger.patterns.update(patterns)
+    return contraction, of_each
 
 
 @lru_cache(maxsize=2**14)  # shapes are part of the key: lengths may vary without end
@@ -101,9 +103,11 @@ def _known(
     rules: AxisRules,
     vmap_axes: tuple[tuple[int, str], ...],
     label: Label,
-) -> tuple[Contraction, tuple[Any, Any]]:
-    """The same, of all that an `Env` says of layouts."""
-    return _resolved(typed, hidden, shapes, Env(nowhere(mesh), rules, vmap_axes=vmap_axes), label)
+) -> tuple[Contraction, tuple[Any, Any], frozenset[Axes]]:
+    """The same, of all that an `Env` says of layouts; and the patterns that are looked up for it."""
+    seen = Ledger()
+    found = _resolved(typed, hidden, shapes, Env(nowhere(mesh), rules, vmap_axes=vmap_axes, ledger=seen), label)
+    return (*found, frozenset(seen.patterns))
 
 
 def _resolved(

@@ -73,9 +73,7 @@ def edges_of(stages: Sequence[Stage], part: Any, key: Tensor | None, env: Env, s
     mesh = env.mesh
     if mesh is not None:
         mesh = mesh._replace(transport=shapes_only(mesh.sizes))
-    quiet = env._replace(
-        mesh=mesh, ledger=None, taps=None, checked=False, profiled=False, memo=None, deferred=None, pipeline=None
-    )
+    quiet = env.key._replace(mesh=mesh, memo=None, deferred=None, pipeline=None)
     found = [NOTHING]
     device = next((x.device for x in tree.leaves(part) if isinstance(x, Tensor)), torch.device("cpu"))
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), using(quiet):

@@ -69,6 +69,11 @@ class Env(NamedTuple):
             self.ledger.patterns.add(axes)
         return layout_of(axes, self.rules, self.mesh.sizes)
 
+    @property
+    def key(self) -> Env:
+        """These surroundings without what only watches: all that caches of programs compare, and nobody else lists."""
+        return self._replace(ledger=None, taps=None, checked=False, line="", profiled=False)
+
     def on(self, mesh: Mesh | None, rules: AxisRules | None) -> Env:
         """These surroundings on a mesh, of which named ops see the ranks of this one's pipeline stage."""
         if mesh is None or mesh.sizes.size("pp") == 1:

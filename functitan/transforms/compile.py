@@ -27,6 +27,7 @@ from functitan.transforms.closures import closure_problems
 from functitan.transforms.draws import FIX_DRAWS, draws
 from functitan.transforms.flat import TENSOR, Form, join, of_tensors, split
 from functitan.transforms.float8 import FIX_DELAYED, outside
+from functitan.transforms.statics import all_same, check_statics, warn_of_values
 
 
 def compile(fn: Callable[..., Any], *, skip: Sequence[str] = (), backend: str = "inductor") -> Compiled:
@@ -59,6 +60,7 @@ class Region:
     """What was made for one kind of call. Opaque to pytrees."""
 
     made_for: tuple[Any, ...]
+    statics: tuple[Any, ...]  # the leaves that are no tensors
     forward: Opaque
     backward: Opaque | None
     halves: Halves
@@ -105,40 +107,36 @@ class _Call:
     def region(self) -> Region:
         return self.found[0]
 
+    def names(self) -> list[str]:
+        """What the caller calls each leaf."""
+        return [_called(path) for path in tree.paths(tree.unflatten(self.form.structure, self.form.leaves))]
+
 
 def _region(its: _Call, xs: tuple[Tensor, ...]) -> Region:
     """What was made for such a call, or is now."""
-    env = its.env._replace(
-        ledger=None,
-        taps=None,
-        checked=False,
-        line="",
-        capture=None,
-        memo=None,
-        differentiated=False,
-        vmap_axes=(),
-        deferred=None,
-    )
+    env = its.env.key._replace(capture=None, memo=None, differentiated=False, vmap_axes=(), deferred=None)
     shapes = tuple((x.shape, x.stride(), x.dtype, x.device) for x in xs)
-    made_for = (shapes, its.wanted, *its.form, tuple(map(type, its.form.leaves)), env)
-    known = next((region for region in its.compiled.regions if region.made_for == made_for), None)
+    made_for, statics = (shapes, its.wanted, its.form.structure, env), its.form.leaves
+    alike = [region for region in its.compiled.regions if region.made_for == made_for]
+    known = next((region for region in alike if all_same(statics, region.statics)), None)
     if known is None:
         with using(env):
             known = _made(its, xs, made_for)
+        warn_of_values(its.compiled.name, its.names().__getitem__, statics, [region.statics for region in alike])
         its.compiled.regions.append(known)
     return known
 
 
 def _made(its: _Call, xs: tuple[Tensor, ...], made_for: tuple[Any, ...]) -> Region:
-    compiled, mesh, form = its.compiled, its.env.mesh, its.form
+    compiled, mesh, form, called = its.compiled, its.env.mesh, its.form, its.names()
+    check_statics(compiled.name, called.__getitem__, form.leaves)
     flat, result = of_tensors(lambda given: compiled.fn(*given[0], **given[1]), form)
-    paths = tree.paths(tree.unflatten(form.structure, form.leaves))
-    names = [_called(path) for path, x in zip(paths, form.leaves, strict=True) if x is TENSOR]
+    names = [name for name, x in zip(called, form.leaves, strict=True) if x is TENSOR]
     halves = trace_halves(flat, xs, its.wanted, compiled.name, names)
     plain = mesh is not None and mesh.transport.name != "distributed"  # threads, and `ft.explain`'s fake tensors
     make = lambda program: opaque(run_passes(program, compiled.passes), "graph" if plain else compiled.backend)
     forward, backward = make(halves.forward), None if halves.backward is None else make(halves.backward)
-    return Region(made_for, forward, backward, halves, result[0], _draws(halves.forward.graph))
+    return Region(made_for, form.leaves, forward, backward, halves, result[0], _draws(halves.forward.graph))
 
 
 def _draws(graph: GraphModule) -> bool:

@@ -28,6 +28,7 @@ from functitan.sharding.ledger import Entry
 from functitan.transforms.donate import check_donated, give_back, take
 from functitan.transforms.flat import Form, join, of_tensors, split
 from functitan.transforms.float8 import FIX_DELAYED, outside
+from functitan.transforms.statics import all_same, check_statics, warn_of_values
 
 
 def jit(
@@ -90,7 +91,7 @@ class Jitted:
             env.ledger.entries += found.entries
         for note in found.program.notes():
             env.note(note)
-        if found.unseen:  # not in `graph`, which one rank alone may ask for
+        if found.unseen and (found.program.compared or env.checked):  # not in `graph`, which one rank may ask for
             compare(found.unseen.pop())
         return within(self.what, _call, found, args, leaves)
 
@@ -100,10 +101,13 @@ class Jitted:
         return self._find(args, leaves, structure, current()).program.graph
 
     def _find(self, args: Any, leaves: list[Any], structure: Any, env: Env) -> _Compiled:
-        where = env._replace(ledger=None, taps=None, profiled=False)
+        where = env.key
         found = next((one for one in tuple(self._known) if one.fits(leaves, structure, where)), None)
         if found is None:
+            check_statics(self.what, lambda i: tree.paths(args)[i], leaves)
             found = _capture(self, args, leaves, structure, where)
+            others = [one.statics for one in self._known if one.alike(found)]
+            warn_of_values(self.what, lambda i: tree.paths(args)[found.fixed[i]], found.statics, others)
         with self._lock:
             if not self._known or self._known[0] is not found:
                 self._known[:] = [found, *(one for one in self._known if one is not found)]
@@ -118,7 +122,8 @@ class _Compiled(NamedTuple):
     structure: Any
     places: tuple[int, ...]  # of the tensors among the leaves
     guards: Any
-    statics: tuple[Any, ...]  # the leaves that are no tensors
+    fixed: tuple[int, ...]  # of the leaves that are no tensors
+    statics: tuple[Any, ...]  # those
     env: Env
     # how to call it
     donates: tuple[int, ...]  # arguments
@@ -130,8 +135,12 @@ class _Compiled(NamedTuple):
     def fits(self, leaves: list[Any], structure: Any, env: Env) -> bool:
         if structure != self.structure or env != self.env:
             return False
-        statics = all(type(leaves[i]) is kind and leaves[i] == value for i, kind, value in self.statics)
-        return statics and self.guards([leaves[i] for i in self.places])
+        statics = [leaves[i] for i in self.fixed]
+        return all_same(statics, self.statics) and self.guards([leaves[i] for i in self.places])
+
+    def alike(self, other: _Compiled) -> bool:
+        """True if only values, or shapes, tell the two apart."""
+        return (self.structure, self.fixed, self.env) == (other.structure, other.fixed, other.env)
 
 
 def _capture(jitted: Jitted, args: Any, leaves: list[Any], structure: Any, env: Env) -> _Compiled:
@@ -148,11 +157,11 @@ def _capture(jitted: Jitted, args: Any, leaves: list[Any], structure: Any, env: 
     program, homes = _at_home(program, donated)
     program = run_passes(program, jitted.passes)
     run = compiled(program, homes, jitted.backend)
-    statics = tuple((i, type(leaf), leaf) for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor))
+    fixed = tuple(i for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor))
+    statics = tuple(leaves[i] for i in fixed)
     guards = _guards(tensors)
-    made_for = structure, places, guards, statics, env
-    unseen = [program] if program.compared else []
-    return _Compiled(program, run, program.entries(), *made_for, jitted.donate, donated, homes, result[0], unseen)
+    made_for = structure, places, guards, fixed, statics, env
+    return _Compiled(program, run, program.entries(), *made_for, jitted.donate, donated, homes, result[0], [program])
 
 
 def _not_donated(out: Any, what: str) -> Any:

@@ -281,7 +281,7 @@ def _dry_run(region: Region, tensors: Tensors) -> list[Made]:
         return False
 
     region.known["accepts"] = note
-    env = current()._replace(mesh=mesh, ledger=ledger, capture=None, taps=None, checked=False, profiled=False)
+    env = current().key._replace(mesh=mesh, ledger=ledger, capture=None)
     with _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True), using(env):
         region.run(*(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in tensors))
     return calls
