@@ -46,10 +46,8 @@ class ReplicationError(FunctitanError):
     """A value that passes as equal on several ranks, and is not: an op lacks its name."""
 
 
-class NonFiniteError(FloatingPointError):
+class NonFiniteError(FunctitanError, FloatingPointError):
     """NaN or infinity in the loss or the gradients of a step; the state is as before the step."""
-
-    _render_traceback_ = in_notebook
 
 
 class CaptureError(FunctitanError):

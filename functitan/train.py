@@ -26,6 +26,8 @@ from functitan.ops.function import transforms_active
 from functitan.optim import ClipState, GradientTransformation, apply_updates, loss_scale
 from functitan.optim.finite import check_policy, guarded
 from functitan.optim.kernels import transformed
+from functitan.optim.loss_scale import judged
+from functitan.optim.numbers import numbers_of
 from functitan.optim.transform import check_transformations
 from functitan.param import Param
 from functitan.reached import Part, with_gradients_of
@@ -159,13 +161,17 @@ def train_step(
             with taken(old, ("step {} of ft.train_step", state.step)) if donate else nullcontext(old) as (params, own):
                 told = TAKEN if donate else False
                 updates, own = tx.update(grads, own, params, patterns=patterns, donate=told)
+                if scale is not None:
+                    flags.update(judged(nonfinite, scale, own, loss, grads, state.step))
                 return apply_updates(params, updates, donate=told), own
 
-        policy = nonfinite if scale is None else "ignore"
+        policy, flags = nonfinite if scale is None else "ignore", dict[str, Tensor]()
+        overwrites = donate and (scale is None or nonfinite != "raise")  # which looks at what the update made
         derived = current().differentiated or transforms_active()
         with using(current()._replace(phase="update")), nullcontext() if derived else torch.no_grad():
-            new, skipped = within("update", guarded, policy, loss, grads, state.step, old, update, donate)
-        metrics = {"loss": loss, "count": count, **_norms(new[1]), **apart, **skipped}
+            seen = None if policy == "ignore" else (count, numbers_of(tx, old[1]))
+            new, skipped = within("update", guarded, policy, loss, grads, state.step, old, update, overwrites, seen)
+        metrics = {"loss": loss, "count": count, **_norms(new[1]), **apart, **skipped, **flags}
         params, opt_state = part.params_back(new[0], state.params), part.put_back(new[1], state.opt_state)
         return replace(state, params=params, opt_state=opt_state, step=state.step + 1), metrics
 

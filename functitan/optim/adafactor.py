@@ -13,6 +13,7 @@ from functitan.optim.clip import clip_by_block_rms
 from functitan.optim.factored import scale_by_factored_rms
 from functitan.optim.factors import times_each
 from functitan.optim.norms import rms_in
+from functitan.optim.numbers import telling
 from functitan.optim.schedules import Schedule
 from functitan.optim.state import aligned
 from functitan.optim.transform import (
@@ -81,4 +82,4 @@ def scale_by_param_block_rms(least: float = 1e-3) -> GradientTransformation:
         factors = [rms.clamp(min=least) for rms in each]
         return times_each("scale_by_param_block_rms", updates, factors, patterns, donate), state
 
-    return GradientTransformation(lambda params: (), update)
+    return telling(GradientTransformation(lambda params: (), update))

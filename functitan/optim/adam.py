@@ -12,6 +12,7 @@ import torch
 from functitan import tree
 from functitan.errors import FunctitanError, report
 from functitan.optim.kernels import adam
+from functitan.optim.numbers import telling
 from functitan.optim.schedules import Schedule
 from functitan.optim.state import aligned, check_real, check_state, scalar_beside, zeros_beside
 from functitan.optim.transform import (
@@ -82,4 +83,5 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Grad
         updates, mu, nu = (tree.unflatten(structure, xs) for xs in made)
         return updates, AdamState(count, mu, nu)
 
-    return GradientTransformation(init, update)
+    made = GradientTransformation(init, update)
+    return telling(made) if eps > 0 else made  # without eps a gradient of 0 is divided by 0

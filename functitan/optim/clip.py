@@ -15,6 +15,7 @@ from functitan.errors import FunctitanError, report
 from functitan.optim.factors import times, times_each
 from functitan.optim.kernels import wide_dtype
 from functitan.optim.norms import norm_in, rms_in
+from functitan.optim.numbers import telling
 from functitan.optim.state import scalar_beside
 from functitan.optim.transform import GradientTransformation, donating
 from functitan.sharding.context import current, spmd
@@ -44,7 +45,7 @@ def clip_by_global_norm(max_norm: float) -> GradientTransformation:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         return times("clip_by_global_norm", updates, factor, patterns, donate), ClipState(norm)
 
-    return GradientTransformation(init, update)
+    return telling(GradientTransformation(init, update))
 
 
 def clip_grads(
@@ -97,7 +98,7 @@ def clip_by_block_rms(threshold: float) -> GradientTransformation:
         factors = [1 / (rms / threshold).clamp(min=1.0) for rms in each]
         return times_each("clip_by_block_rms", updates, factors, patterns, donate), state
 
-    return GradientTransformation(lambda params: (), update)
+    return telling(GradientTransformation(lambda params: (), update))
 
 
 def _check(what: str, name: str, value: float) -> None:

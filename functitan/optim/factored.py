@@ -17,6 +17,7 @@ from functitan.axes import Axes, write_axes
 from functitan.errors import FunctitanError, report
 from functitan.ops.reduce import broadcast, reduce
 from functitan.optim.kernels import owned, refuse_donation, transformed
+from functitan.optim.numbers import telling
 from functitan.optim.patterns import Leaf, leaves_of, named_axes
 from functitan.optim.state import check_real, check_state, described, scalar_beside
 from functitan.optim.transform import GradientTransformation, donating
@@ -83,7 +84,8 @@ def scale_by_factored_rms(beta2_decay: float = -0.8, eps: float | None = None) -
         parts = (tree.unflatten(structure, [its.get(name) for its in mine]) for name in _PARTS)
         return tree.unflatten(structure, directions), FactoredState(count, *parts)
 
-    return GradientTransformation(init, update)
+    made = GradientTransformation(init, update)
+    return telling(made) if eps is None or eps > 0 else made  # without eps a gradient of 0 is divided by 0
 
 
 def _moved(

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from functitan import tree
 from functitan.errors import FunctitanError, report
 from functitan.optim import kernels
+from functitan.optim.numbers import telling
 from functitan.optim.schedules import Schedule
 from functitan.optim.state import aligned, check_real, check_state, zeros_beside
 from functitan.optim.transform import (
@@ -68,4 +69,4 @@ def scale_by_lion(b1: float = 0.9, b2: float = 0.99) -> GradientTransformation:
         check_real("scale_by_lion", params)
         return LionState(zeros_beside(params))
 
-    return GradientTransformation(init, update)
+    return telling(GradientTransformation(init, update))

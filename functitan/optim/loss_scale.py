@@ -1,24 +1,27 @@
 """Dynamic loss scaling, so that float16 holds small cotangents.
 
-Invariant: a scale is a power of `growth` and `backoff` carried by the optimizer's state, and every rank decides alike
-whether a step is skipped, by one all-reduce of one flag. Nothing is read on the host.
+Invariant: a scale is finite and at least the smallest one, carried by the optimizer's state, and every rank decides
+alike whether a step is skipped, by one all-reduce of one flag. Nothing is read on the host.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from functitan import tree
-from functitan.errors import FunctitanError, report
+from functitan.errors import FunctitanError, NonFiniteError, report
 from functitan.optim.factors import times
-from functitan.optim.finite import any_nonfinite
+from functitan.optim.finite import any_nonfinite, refuse
 from functitan.optim.kernels import copied, transformed
+from functitan.optim.numbers import numbers_of
 from functitan.optim.state import scalar_beside
 from functitan.optim.transform import GradientTransformation, donating
 from functitan.param import Param, constant
+from functitan.sharding.context import current
 
 
 class LossScaleState(NamedTuple):
@@ -35,12 +38,17 @@ def dynamic_loss_scale(
     growth: float = 2.0,
     backoff: float = 0.5,
     interval: int = 2000,
+    min_scale: float = 1.0,
+    max_scale: float = 2.0**126,
 ) -> GradientTransformation:
     """A transformation of the gradients of `loss * state.scale`; the outermost one, so that a clip sees them unscaled.
 
     `ft.train_step` multiplies by the scale; a loop of one's own does so itself. Where a gradient is infinite or NaN on
-    any rank, updates are zero, the inner state stays, and the scale is multiplied by `backoff`; after `interval` good
-    steps in a row by `growth`. As `torch.amp.GradScaler`; Micikevicius et al., Mixed Precision Training, 2018.
+    any rank, or the learning rate, updates are zero, the inner state stays, and the scale is multiplied by `backoff`;
+    after `interval` good steps in a row by `growth`; it stays in [`min_scale`, `max_scale`], whose default is the
+    largest with an inverse in float32. Where gradients are not finite at `min_scale`, no scale can help, and
+    `ft.train_step(..., nonfinite="raise")` raises `NonFiniteError`. As `torch.amp.GradScaler`; Micikevicius et al.,
+    Mixed Precision Training, 2018.
 
     >>> from functitan.optim.sgd import sgd
     >>> params = {"w": torch.ones(1)}
@@ -53,10 +61,13 @@ def dynamic_loss_scale(
     (tensor([0.]), tensor(2.))
     """
     given = {"init_scale": init_scale, "growth": growth, "interval": interval}
-    problems = [f"{name} is {x}: it must be at least 1" for name, x in given.items() if not x >= 1]
+    problems = [f"{name} is {x}: it must be at least 1" for name, x in given.items() if not 1 <= x < math.inf]
     problems += [] if 0 < backoff <= 1 else [f"backoff is {backoff}: it must lie in (0, 1]"]
+    if not 2.0**-126 <= min_scale <= init_scale <= max_scale <= 2.0**126:
+        order = f"min_scale {min_scale:g}, init_scale {init_scale:g}, max_scale {max_scale:g}"
+        problems += [] if problems else [f"{order}: they must ascend, within [2**-126, 2**126], where float32 is exact"]
     if problems:
-        fix = "usual are init_scale=2**16, growth=2, backoff=0.5, interval=2000"
+        fix = "usual are init_scale=2**16, growth=2, backoff=0.5, interval=2000, min_scale=1"
         raise FunctitanError(report("dynamic_loss_scale", problems, fix))
 
     def init(params: tree.Tree) -> LossScaleState:
@@ -68,21 +79,55 @@ def dynamic_loss_scale(
     def update(updates, state, params=None, patterns=None, donate=False):
         updates = times("dynamic_loss_scale", updates, 1 / state.scale, patterns, donate)
         grads, structure = tree.flatten(updates)
-        bad = any_nonfinite(grads)
         if transformed(grads):  # infinities that are not taken would have derivatives all the same
-            grads = [x.masked_fill(bad, 0.0) for x in grads]
+            wrong = any_nonfinite(grads)
+            grads = [x.masked_fill(wrong, 0.0) for x in grads]
+        else:
+            wrong = None
+        numbers = numbers_of(transformation, state.inner)
+        beside = [torch.as_tensor(x, dtype=torch.float32, device=state.scale.device) for _, x in numbers or ()]
         changes, inner = transformation.update(tree.unflatten(structure, grads), state.inner, params, patterns=patterns)
+        bad = any_nonfinite([*grads, *beside, *(tree.leaves(changes) if numbers is None else ())])
+        bad = bad if wrong is None else bad | wrong
         changes = tree.map(lambda x: torch.where(bad, torch.zeros_like(x), x), changes)
         inner = tree.map(lambda old, new: torch.where(bad, old, new), state.inner, inner)
         if donate:
             leaves, inside = tree.flatten(state.inner)
             inner = tree.unflatten(inside, copied(leaves, tree.leaves(inner), donate))
         good = torch.where(bad, 0, state.good_steps + 1)
-        grows = good == interval
+        grows = (good >= interval) & (state.scale < max_scale) & (growth > 1)  # else steps are counted on
         factor = torch.where(bad, backoff, torch.where(grows, growth, 1.0))
-        return changes, LossScaleState(state.scale * factor, torch.where(grows, 0, good), inner)
+        scale = (state.scale * factor).clamp(min_scale, max_scale)
+        return changes, LossScaleState(scale, torch.where(grows, 0, good), inner)
 
     return GradientTransformation(init, update)
+
+
+def judged(
+    policy: str, scale: Tensor, new: LossScaleState, loss: Tensor, grads: tree.Tree, step: Any
+) -> dict[str, Tensor]:
+    """Metrics of an update under a loss scale that was `scale`, which leaves a state as it was where it is skipped.
+
+    "raise": `NonFiniteError` where the update was skipped, and the scale cannot become smaller. "skip": the metric
+    "skipped". "ignore": nothing.
+    """
+    if policy == "ignore":
+        return {}
+    skipped = (new.good_steps == 0) & (new.scale <= scale)
+    if policy == "skip":
+        return {"skipped": skipped.to(torch.int64)}
+    stuck, capture = skipped & (new.scale == scale), current().capture
+    if capture is not None:
+        capture.failures.append((stuck, _captured))
+    else:
+        refuse(stuck, loss, grads, step, {"loss_scale": scale}, {}, fix="no smaller loss scale can help; ")
+    return {}
+
+
+def _captured() -> NonFiniteError:
+    problem = "a gradient is not finite at the smallest loss scale, or the learning rate is not"
+    fix = "the state is as before this step: lower the learning rate, look at the batch; nonfinite='skip' goes on"
+    return NonFiniteError(report("a captured step of ft.train_step", [problem], fix))
 
 
 def loss_scale(opt_state: Any) -> Tensor | None:

@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from functitan import tree
 from functitan.errors import FunctitanError, nearest, report
 from functitan.optim.kernels import owned
+from functitan.optim.numbers import Numbers, numbers_inside, numbers_of, telling
 from functitan.optim.transform import (
     GradientTransformation,
     Mask,
@@ -58,7 +59,7 @@ def masked(transformation: GradientTransformation, mask: Mask) -> GradientTransf
         merged = [next(moved) if ours else x for x, ours in zip(leaves, mine, strict=True)]
         return tree.unflatten(structure, merged), state
 
-    return GradientTransformation(init, update)
+    return telling(GradientTransformation(init, update), lambda state: numbers_of(transformation, state))
 
 
 def multi_transform(
@@ -117,4 +118,7 @@ def multi_transform(
             updates, states[label] = tx.update(updates, state[label], params, patterns=patterns, donate=donate)
         return updates, states
 
-    return GradientTransformation(init, update)
+    def numbers(state: State) -> Numbers | None:
+        return numbers_inside([(tx, state.get(label, ())) for label, tx in parts.items()])
+
+    return telling(GradientTransformation(init, update), numbers)

@@ -18,6 +18,7 @@ from functitan.errors import FunctitanError, report
 from functitan.ops.move import reshard
 from functitan.optim.kernels import copied, moved, replaced
 from functitan.optim.matrices import Matrices, Matrix, as_matrices, parse_matrices
+from functitan.optim.numbers import telling
 from functitan.optim.patterns import Leaf, leaves_of, named_axes
 from functitan.optim.schedules import Schedule
 from functitan.optim.sgd import MomentumState
@@ -114,7 +115,7 @@ def scale_by_muon(
         structure = tree.flatten(updates)[1]
         return tree.unflatten(structure, directions), MomentumState(tree.unflatten(structure, moments))
 
-    return GradientTransformation(init, update)
+    return telling(GradientTransformation(init, update))
 
 
 def orthogonalized(x: Tensor, steps: int = 5) -> Tensor:

@@ -16,6 +16,7 @@ from functitan import threefry, tree
 from functitan.axes import parse_axes
 from functitan.errors import FunctitanError, report
 from functitan.optim.kernels import copied, transformed
+from functitan.optim.numbers import numbers_of, telling
 from functitan.optim.patterns import leaves_of
 from functitan.optim.state import scalar_beside
 from functitan.optim.transform import GradientTransformation, donating
@@ -74,7 +75,8 @@ def bfloat16_state(transformation: GradientTransformation, seed: int = 0) -> Gra
             rounded = copied(stored, rounded, donate)
         return updates, RoundedState(state.count + 1, tree.unflatten(structure, rounded))
 
-    return GradientTransformation(init, update)
+    numbers = lambda state: numbers_of(transformation, getattr(state, "inner", ()))
+    return telling(GradientTransformation(init, update), numbers)
 
 
 def stochastic_round(x: Tensor, bits: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from functitan import tree
 from functitan.errors import FunctitanError, report
 from functitan.optim import kernels
+from functitan.optim.numbers import telling
 from functitan.optim.schedules import Schedule
 from functitan.optim.state import aligned, check_number, check_state, zeros_beside
 from functitan.optim.transform import GradientTransformation, chain, donating, scale_by_learning_rate
@@ -52,4 +53,4 @@ def scale_by_momentum(decay: float, nesterov: bool = False) -> GradientTransform
         structure = tree.flatten(updates)[1]
         return tree.unflatten(structure, grads), MomentumState(tree.unflatten(structure, momentum))
 
-    return GradientTransformation(lambda params: MomentumState(zeros_beside(params)), update)
+    return telling(GradientTransformation(lambda params: MomentumState(zeros_beside(params)), update))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from functitan import tree
 from functitan.ops.move import reshard
+from functitan.optim.numbers import numbers_of, telling
 from functitan.optim.patterns import leaves_of
 from functitan.optim.transform import GradientTransformation, State, check_transformations, donating
 from functitan.param import Param
@@ -60,7 +61,7 @@ def stored(
             assert env.rules is not None
             return reshard(updates, patterns, to_rules=env.rules), state
 
-    return GradientTransformation(init, update)
+    return telling(GradientTransformation(init, update), lambda state: numbers_of(transformation, state))
 
 
 def _under(rules: AxisRules, x: Param | Tensor) -> Param | Tensor:

@@ -20,6 +20,7 @@ from functitan.errors import FunctitanError, report
 from functitan.optim.factors import times
 from functitan.optim.kernels import added, owned
 from functitan.optim.matrices import no_matrix
+from functitan.optim.numbers import numbers_inside, telling
 from functitan.optim.patterns import named_axes
 from functitan.optim.schedules import Schedule
 from functitan.optim.state import aligned, check_number, check_state, scalar_beside
@@ -69,7 +70,7 @@ class ScheduleState(NamedTuple):
 
 def identity() -> GradientTransformation:
     """Leaves updates as they are."""
-    return GradientTransformation(lambda params: (), lambda updates, state, *args, **kwargs: (updates, state))
+    return telling(GradientTransformation(lambda params: (), lambda updates, state, *args, **kwargs: (updates, state)))
 
 
 def chain(*transformations: GradientTransformation) -> GradientTransformation:
@@ -97,7 +98,8 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
             states.append(its)
         return updates, tuple(states)
 
-    return GradientTransformation(init, update)
+    numbers = lambda state: numbers_inside(list(zip(transformations, state, strict=False)))
+    return telling(GradientTransformation(init, update), numbers)
 
 
 def apply_updates(params: tree.Tree, updates: tree.Tree, donate: bool | str = False) -> tree.Tree:
@@ -115,8 +117,12 @@ def apply_updates(params: tree.Tree, updates: tree.Tree, donate: bool | str = Fa
 
 def scale(factor: float | Schedule) -> GradientTransformation:
     """Multiplies updates by a number, or a schedule of the number of steps taken before."""
+    return _scale(factor, "a factor")
+
+
+def _scale(factor: float | Schedule, name: str) -> GradientTransformation:
     if not callable(factor):
-        return GradientTransformation(
+        constant = GradientTransformation(
             lambda params: (),
             donating(
                 lambda updates, state, params, patterns, donate: (
@@ -125,6 +131,7 @@ def scale(factor: float | Schedule) -> GradientTransformation:
                 )
             ),
         )
+        return telling(constant, lambda state: [(name, factor)])
 
     def init(params: tree.Tree) -> ScheduleState:
         return ScheduleState(scalar_beside(params, torch.int64))
@@ -135,14 +142,17 @@ def scale(factor: float | Schedule) -> GradientTransformation:
         updates = times("scale", updates, factor(state.count), patterns, donate)
         return updates, ScheduleState(state.count + 1)
 
-    return GradientTransformation(init, update)
+    numbers = lambda state: [(name, factor(state.count))] if isinstance(state, ScheduleState) else []
+    return telling(GradientTransformation(init, update), numbers)
 
 
 def scale_by_learning_rate(learning_rate: float | Schedule) -> GradientTransformation:
     """Multiplies updates by minus the learning rate: a number, or a schedule of the number of steps taken before."""
     if not callable(learning_rate):
         check_number("scale_by_learning_rate", "learning_rate", learning_rate)
-    return scale((lambda step: -learning_rate(step)) if callable(learning_rate) else -learning_rate)
+    return _scale(
+        (lambda step: -learning_rate(step)) if callable(learning_rate) else -learning_rate, "the learning rate"
+    )
 
 
 def add_decayed_weights(weight_decay: float, mask: Mask | None = None) -> GradientTransformation:
@@ -172,7 +182,7 @@ def add_decayed_weights(weight_decay: float, mask: Mask | None = None) -> Gradie
         decayed = dict(zip(chosen, mine, strict=True))
         return tree.unflatten(tree.flatten(updates)[1], [decayed.get(i, x) for i, x in enumerate(changes)]), state
 
-    return GradientTransformation(lambda params: (), update)
+    return telling(GradientTransformation(lambda params: (), update))
 
 
 def decay_matrices(path: str, leaf: str | Param | Tensor) -> bool:
