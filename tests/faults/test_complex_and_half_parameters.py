@@ -265,7 +265,7 @@ def test_every_optimizer_is_right_or_refuses_when_the_state_is_made(name, dtype)
     if dtype.is_complex and name in ("adamw", "lion", "adafactor", "muon", "bfloat16_state"):
         with pytest.raises(ft.FunctitanError, match=r"(?s)parameters that are complex:.*w is complex64.*ft.optim.sgd"):
             ft.TrainState.create(declared(dtype), tx, ft.random.key(0))
-        with pytest.raises(ft.FunctitanError, match="w is complex64"):
+        with pytest.raises(ft.FunctitanError, match="w is complex"):
             tx.init({"w": W})
         return
     if name == "bfloat16_state":

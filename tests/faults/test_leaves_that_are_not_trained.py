@@ -266,7 +266,7 @@ def test_a_stage_that_is_frozen_whole_and_a_clip_inside_a_group_end():
         {"w": ft.Param("embed mlp", (8, 4))},
         lambda p, x, *_: (
             ft.reduce("batch mlp ->", ft.einsum("batch embed, embed mlp -> batch mlp", x, p["w"]) ** 2),
-            1,
+            ft.count("batch embed", x),
         ),
     )
     first = stage({"u": ft.Param("embed mlp", (8, 4))}, lambda p, _, x, key: x)
