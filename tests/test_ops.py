@@ -266,6 +266,8 @@ def attention(draw) -> Case:
         scores = torch.einsum("...qhd, ...khd -> ...hqk", q_, k) * q_.shape[-1] ** -0.5
         marks = dict(zip(names, given, strict=True))
         at, segments = marks.get("positions", torch.arange(n)), marks.get("segments", torch.zeros(n))
+        if causal and names == ["positions"]:  # documents begin where positions do not ascend
+            segments = torch.cat([torch.zeros_like(at[..., :1]), (at.diff(dim=-1) <= 0).long().cumsum(-1)], -1)
         seen = segments[..., :, None] == segments[..., None, :]
         seen = seen & (at[..., :, None] >= at[..., None, :]) if causal else seen
         seen = seen.unsqueeze(-3) if seen.dim() > 2 else seen
