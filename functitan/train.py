@@ -64,13 +64,15 @@ def train_step(
     give `((sum, count), aux)` too. `batch` holds this rank's shards (`ft.shard`). Metrics are tensors, equal on every
     rank: "loss", "count", "grad_norm" where the optimizer clips by it, "loss_scale" where it scales the loss
     (`ft.optim.dynamic_loss_scale`), and "aux" where there is one. With `donate` the state's buffers are updated in
-    place, and the old state raises `DonatedError` if it is used again. `accumulate` is the number of microbatches that
-    the batch is computed in, with one reduction for each weight: see `ft.accumulate`, whose `aux` and `batch_patterns`
-    these are, too: how values beside the loss are merged ("mean", "sum", "last"), and which leaves of the batch all
-    examples share. `gradients` is the table for the layout of gradients, that of `ft.optim.stored(tx, rules=...,
-    gradients=...)`: ZeRO-2. `value_and_grad` takes the gradients instead, and `loss_fn` is `None` then: a function
-    `(params, batch, key, *, scale) -> ((loss, (count, aux)), grads)`, as `ft.pipeline.value_and_grad` makes one; where
-    `scale` is not `None`, it is that of a scaled loss. Runs on the state's mesh unless called inside `ft.spmd`.
+    place, and whatever reads the old state raises `DonatedError`: clone what you keep. A leaf whose memory something
+    else sees (a view, an array) is copied once, and that keeps its values. `accumulate` is the number of microbatches
+    that the batch is computed in, with one reduction for each weight: see `ft.accumulate`, whose `aux` and
+    `batch_patterns` these are, too: how values beside the loss are merged ("mean", "sum", "last"), and which leaves of
+    the batch all examples share. `gradients` is the table for the layout of gradients, that of `ft.optim.stored(tx,
+    rules=..., gradients=...)`: ZeRO-2. `value_and_grad` takes the gradients instead, and `loss_fn` is `None` then: a
+    function `(params, batch, key, *, scale) -> ((loss, (count, aux)), grads)`, as `ft.pipeline.value_and_grad` makes
+    one; where `scale` is not `None`, it is that of a scaled loss. Runs on the state's mesh unless called inside
+    `ft.spmd`.
 
     Leaves that are frozen (`ft.trainable`), that the loss does not reach, or whose gradient is `None`, are left as they
     are, and so is their optimizer state: no decay moves them, as in `torch.optim`.

@@ -39,7 +39,9 @@ class GradientTransformation(NamedTuple):
     `update(updates, state, params=None, patterns=None, donate=False) -> (updates, state)`.
 
     `params` are tensors, or `Param`s, of which `init` declares the state. `patterns` is a tree, or a prefix, of the
-    leaves' patterns; only a mesh needs it.
+    leaves' patterns; only a mesh needs it. With `donate` an update may write into its updates and state: whatever reads
+    those afterwards raises `DonatedError`. What an update is made of is told "taken", which is true: the tensors are
+    its own then.
     """
 
     init: Callable[[tree.Tree], State]

@@ -182,7 +182,7 @@ def check_donated(
     leaves, where they are known. A good value costs 0.2 us a leaf.
     """
     leaves = tree.leaves(value) if leaves is None else leaves
-    if _plainly_good(leaves):
+    if not any(map(is_donated, leaves)) if donates == () else _plainly_good(leaves):
         return
     paths = tree.paths(value)
     free = {i for i, path in enumerate(paths) if donates is None or path.split(".")[0] in map(str, donates)}

@@ -41,16 +41,18 @@ def jit(
 ) -> Jitted:
     """`fn` as one captured and compiled graph: forward, backward, optimizer and every collective in it.
 
-    Made at the first call, and again for other structures, shapes, dtypes, or values of leaves that are no tensors.
-    `donate` names arguments whose buffers the results may take over: a state is updated in place, without a second
-    copy, and the old one raises `DonatedError` when used again. With `keep_gathered` a weight that forward gathered
-    stays whole until backward has used it: less communication, at the memory of ZeRO-2 instead of ZeRO-3. `skip` turns
-    passes off by name; `jitted.passes` are those that run, `jitted.graph(*args)` is what they made. `backend` is
-    "inductor", or "graph" for the graph's plain ops (as always on a virtual mesh and under `ft.explain`). Inside
-    another `ft.jit` it is part of that one.
+    Made at the first call, and again for other structures, shapes, dtypes, or values of leaves that are no tensors: a
+    number that changes in each call is a warning after a few programs; give it as a tensor. `donate` names arguments
+    whose buffers the results may take over: a state is updated in place, without a second copy, and whatever reads the
+    old one raises `DonatedError` (see `ft.train_step`). With `keep_gathered` a weight that forward gathered stays whole
+    until backward has used it: less communication, at the memory of ZeRO-2 instead of ZeRO-3. `skip` turns passes off
+    by name; `jitted.passes` are those that run, `jitted.graph(*args)` is what they made. `backend` is "inductor", or
+    "graph" for the graph's plain ops (as always on a virtual mesh and under `ft.explain`). Inside another `ft.jit` it
+    is part of that one.
 
     Raises `CaptureError`, with the line, for what a graph cannot hold: control flow that depends on values, a tensor
-    that is no argument, an argument written to that was not donated; and inside torch.func transforms.
+    that is no argument, an array or what holds one, an argument written to that was not donated; and inside
+    torch.func transforms.
 
     >>> import torch
     >>> double = jit(lambda tree: {"y": tree["x"] * 2}, backend="graph")
