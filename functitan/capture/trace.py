@@ -91,10 +91,10 @@ def trace(
         return (*results, *(flag for flag, _ in capture.failures))
 
     def again() -> tuple[Tensor, ...]:  # for each run others: the function may donate its inputs
-        return tuple(map(_twin, inputs))
+        return tuple(carry_cut(x, _twin(x)) for x in inputs)
 
     with one_at_a_time, unseen(), mode:
-        fakes = tuple(carry_cut(x, mode.from_tensor(x) if type(x) is Tensor else _twin(x)) for x in inputs)
+        fakes = tuple(mode.from_tensor(x) if type(x) is Tensor else _twin(x) for x in inputs)
         try:
             with traceback.preserve_node_meta():  # marks of what remat computes again
                 mutating = make_fx(inside, decomposition_table=table)(*again())

@@ -46,9 +46,8 @@ def take(pattern: str, indices: Tensor, table: Tensor) -> Tensor:
     ids, rows, result = _parse(pattern, f"take({pattern!r})")
     check_operands(f"take({pattern!r})", Operand("indices", indices, ids, "int"), Operand("table", table, rows))
     env, types, label = current(), _Types(Type(ids), Type(rows), Type(result)), Label("take", pattern)
-    ranks = zigzag_ranks(types.axes.looked_up, env)
-    if ranks > 1:
-        indices = slots_of(indices, ranks, global_sizes(rows, table, env, label)[types.axes.looked_up])
+    if env.sequence.zigzag and (ranks := zigzag_ranks(axis := types.axes.looked_up, env)) > 1:
+        indices = slots_of(indices, ranks, global_sizes(rows, table, env, label)[axis])
     dtype = env.precision.compute if env.precision is not None and table.is_floating_point() else None
     return made("take", result, _lookup("take", types, indices, table, env, label, (), dtype=dtype), env)
 

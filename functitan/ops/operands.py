@@ -86,7 +86,7 @@ def _fits(operands: tuple[Operand, ...], alike: bool, env: Env) -> bool:
             return False
         if not on_mesh and MARK in x.__dict__:
             return False
-        if kind not in _INTEGERS:
+        if alike and kind not in _INTEGERS:
             kinds.add((_dtype_used(x), x.device))
         for axis, size in zip(axes, x.shape, strict=True):
             if sizes.setdefault(axis, size) != size:

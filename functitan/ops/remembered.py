@@ -28,7 +28,7 @@ def made(by: str, axes: Axes, x: T, env: Env, names: Axes | None = None, groups:
     `names` are those to look the layout up by, where they are others; `groups` are the axes of each dimension, where
     some have several.
     """
-    if env.remembers and env.mesh is not None:
+    if env.mesh is not None and env.remembers:
         shown = _each(names or axes) if groups is None else groups
         mark_cut(x, by, _lies(names or axes, shown, x, env), env.mesh.sizes, _zigzag(shown, env))
     return x

@@ -43,6 +43,7 @@ OUTSIDE = {  # of a shard x "batch embed", ids "batch" that are one, and a whole
     "take of a table": lambda x, ids, w: ft.take("mlp, batch embed -> mlp embed", torch.tensor([0]), x),
     "select": lambda x, ids, w: ft.select("batch embed -> embed", x, -1),
     "sizes": lambda x, ids, w: ft.sizes("batch embed", x),
+    "count": lambda x, ids, w: ft.count("batch embed", x),
     "iota": lambda x, ids, w: ft.iota("batch embed", "batch", like=x),
     "dropout": lambda x, ids, w: ft.dropout("batch embed", x, KEY, 0.5),
     "rms_norm": lambda x, ids, w: ft.rms_norm("batch embed, embed", x, torch.ones(4)),
