@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -31,8 +32,8 @@ from functitan.sharding.steps import Label
 
 
 def from_module(
-    module: nn.Module, patterns: Mapping[str, str] | None = None, *, batch: str = "batch"
-) -> tuple[Callable[..., Any], tree.Tree]:
+    module: nn.Module, patterns: Mapping[str, str] | None = None, *, batch: str = "batch", buffers: bool = False
+) -> tuple[Any, ...]:
     """`(function, params)`, so that `function(params, *args)` is `module(*args)`.
 
     `params` is a tree of nested dicts, a leaf's path its name in the module; a parameter that stands twice is one leaf.
@@ -44,41 +45,81 @@ def from_module(
     the module on its rows of the batch, the shard of an axis `batch`; parameters lie as the rules say, and are gathered
     for the call.
 
-    Buffers stay as they are in the module now. Raises `FunctitanError` for a parameter without a pattern, a glob that
-    matches nothing, and in the call, if the module writes to a buffer: its state would be lost.
+    Buffers stay as they are in the module now: what a module in train mode writes into them, running statistics, is
+    lost, and the first call warns of it. With `buffers=True` they are state, `(function, params, buffers)`, so that
+    `function(params, buffers, *args)` is `(module(*args), new buffers)`: hand them through a loss with the batch, and
+    back as its aux. Raises `FunctitanError` for a parameter without a pattern, a glob that matches nothing, and in the
+    call, if the module writes to a buffer where ranks have other rows: each would have statistics of its own.
 
     >>> import torch
     >>> function, params = from_module(nn.Linear(2, 3))
     >>> sorted(params), function(params, torch.ones(4, 2)).shape
     (['bias', 'weight'], torch.Size([4, 3]))
+    >>> function, params, buffers = from_module(nn.BatchNorm1d(2, affine=False), buffers=True)
+    >>> out, buffers = function(params, buffers, torch.tensor([[1.0, 2.0], [3.0, 2.0]]))
+    >>> buffers["running_mean"]
+    tensor([0.2000, 0.2000])
     """
     named = dict(module.named_parameters())
     axes = _axes_of(named, patterns)
     skeleton = _skeleton(module)
     copies = threading.local()  # functional_call puts parameters into a module while it runs
 
-    def function(params: tree.Tree, *args: Any, **kwargs: Any) -> Any:
-        given = dict(zip(tree.paths(params), tree.leaves(params), strict=True))
-        if given.keys() != named_paths:
-            problems = [f"there is no {path}" for path in sorted(named_paths - given.keys())]
-            problems += [f"{path} is no parameter" for path in sorted(given.keys() - named_paths)]
-            raise FunctitanError(report("a function of ft.from_module", problems, "give the params that came with it"))
+    warned: list[bool] = []
+
+    def called(params: tree.Tree, state: tree.Tree, args: Any, kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
+        """The module's result, and its buffers after the call, by name; `state` are those before, or `None`."""
+        given = _named_leaves(params, set(named), "parameter", "params")
         if not hasattr(copies, "module"):
             copies.module = copy.deepcopy(skeleton)
-        before = {name: x._version for name, x in copies.module.named_buffers()}
-        out = functional_call(copies.module, _gathered(given, axes, batch), args, kwargs)
-        written = [name for name, x in copies.module.named_buffers() if x._version != before.get(name)]
+        own = dict(copies.module.named_buffers())
+        if state is not None:  # written to in place, or replaced: a copy takes it, the caller's stays
+            own = {name: x.clone() for name, x in _named_leaves(state, set(own), "buffer", "buffers").items()}
+        before = {name: (x, x._version) for name, x in own.items()}
+        tensors = _gathered(given, axes, batch) | (own if state is not None else {})
+        out = functional_call(copies.module, tensors, args, kwargs)
+        after = {name: tensors[name] for name in own} if state is not None else dict(copies.module.named_buffers())
+        written = [name for name, (x, version) in before.items() if after[name] is not x or x._version != version]
         if written:
             copies.module = copy.deepcopy(skeleton)
-            problems = [f"the module wrote to its buffer {name}" for name in written]
-            raise FunctitanError(report("a function of ft.from_module", problems, "give module.eval()"))
-        return out
+            _check_rows(written, batch)
+        if written and state is None and not warned:
+            warned.append(True)
+            problems = [f"the module wrote to its buffer {name}, which is lost" for name in written]
+            warnings.warn(report("a function of ft.from_module", problems, _FIX_LOST), stacklevel=3)
+        return out, after
 
-    named_paths = set(named)
-    if axes is None:
-        return function, _nested({name: x.detach() for name, x in named.items()})
-    declared = {name: _declared(axes[name], x) for name, x in named.items()}
-    return function, _nested(declared)
+    def function(params: tree.Tree, *args: Any, **kwargs: Any) -> Any:
+        return called(params, None, args, kwargs)[0]
+
+    def with_buffers(params: tree.Tree, buffers: tree.Tree, *args: Any, **kwargs: Any) -> tuple[Any, tree.Tree]:
+        out, after = called(params, buffers, args, kwargs)
+        return out, _nested({name: x.detach() for name, x in after.items()})
+
+    leaves = {name: x.detach() if axes is None else _declared(axes[name], x) for name, x in named.items()}
+    if not buffers:
+        return function, _nested(leaves)
+    return with_buffers, _nested(leaves), _nested({name: x.detach().clone() for name, x in module.named_buffers()})
+
+
+def _named_leaves(values: tree.Tree, expected: set[str], kind: str, name: str) -> dict[str, Tensor]:
+    """The leaves of a tree by path. Raises `FunctitanError` if these are not what the module has."""
+    given = dict(zip(tree.paths(values), tree.leaves(values), strict=True))
+    if given.keys() != expected:
+        problems = [f"there is no {path}" for path in sorted(expected - given.keys())]
+        problems += [f"{path} is no {kind}" for path in sorted(given.keys() - expected)]
+        raise FunctitanError(report("a function of ft.from_module", problems, f"give the {name} that came with it"))
+    return given
+
+
+def _check_rows(written: list[str], batch: str) -> None:
+    """Raise `FunctitanError` where ranks have other rows, of which each would keep statistics of its own."""
+    env = current()
+    dims = () if env.mesh is None else env.layout((batch,)).of(batch)
+    if dims:
+        problems = [f"the module wrote to its buffer {name}, from the rows of this rank alone" for name in written]
+        fix = f"{batch!r} lies over {'·'.join(dims)}: give module.eval(), or normalize by ft.reduce over the batch"
+        raise FunctitanError(report("a function of ft.from_module", problems, fix))
 
 
 def _gathered(given: dict[str, Tensor], axes: dict[str, Axes] | None, batch: str) -> dict[str, Tensor]:
@@ -162,3 +203,6 @@ def _nested(leaves: dict[str, Any]) -> tree.Tree:
             place = place.setdefault(name, {})
         place[last] = leaf
     return found
+
+
+_FIX_LOST = "give module.eval(), or from_module(module, buffers=True), whose function takes and gives the buffers"

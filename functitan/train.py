@@ -164,15 +164,14 @@ def train_step(
                 told = TAKEN if donate else False
                 updates, own = tx.update(grads, own, params, patterns=patterns, donate=told)
                 if scale is not None:
-                    flags.update(judged(nonfinite, scale, own, loss, grads, state.step))
+                    flags.update(judged(nonfinite, tx, apart["loss_scale"], own, loss, grads, state.step))
                 return apply_updates(params, updates, donate=told), own
 
         policy, flags = nonfinite if scale is None else "ignore", dict[str, Tensor]()
-        overwrites = donate and (scale is None or nonfinite != "raise")  # which looks at what the update made
         derived = current().differentiated or transforms_active()
         with using(current()._replace(phase="update")), nullcontext() if derived else torch.no_grad():
             seen = None if policy == "ignore" else (count, numbers_of(tx, old[1]))
-            new, skipped = within("update", guarded, policy, loss, grads, state.step, old, update, overwrites, seen)
+            new, skipped = within("update", guarded, policy, loss, grads, state.step, old, update, donate, seen)
         metrics = {"loss": loss, "count": count, **_norms(new[1]), **apart, **skipped, **flags}
         params, opt_state = part.params_back(new[0], state.params), part.put_back(new[1], state.opt_state)
         return replace(state, params=params, opt_state=opt_state, step=state.step + 1), metrics

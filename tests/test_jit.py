@@ -227,7 +227,7 @@ def test_differentiating_through_it_is_an_error():
 
 def test_nan_in_a_captured_step_raises_and_leaves_the_state_valid():
     def square(params, batch, key):
-        return ft.reduce("batch ->", (params["w"] * batch) ** 2), batch.numel()
+        return ft.reduce("batch ->", (params["w"] * batch) ** 2), ft.count("batch", batch)
 
     tx = ft.optim.adamw(0.1)
     state = ft.TrainState.create({"w": ft.Param("batch", (4,))}, tx, ft.random.key(0))

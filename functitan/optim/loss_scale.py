@@ -14,10 +14,11 @@ from torch import Tensor
 
 from functitan import tree
 from functitan.errors import FunctitanError, NonFiniteError, report
+from functitan.ops.function import is_batched
 from functitan.optim.factors import times
 from functitan.optim.finite import any_nonfinite, refuse
 from functitan.optim.kernels import copied, transformed
-from functitan.optim.numbers import numbers_of
+from functitan.optim.numbers import numbers_of, telling
 from functitan.optim.state import scalar_beside
 from functitan.optim.transform import GradientTransformation, donating
 from functitan.param import Param, constant
@@ -67,7 +68,7 @@ def dynamic_loss_scale(
         order = f"min_scale {min_scale:g}, init_scale {init_scale:g}, max_scale {max_scale:g}"
         problems += [] if problems else [f"{order}: they must ascend, within [2**-126, 2**126], where float32 is exact"]
     if problems:
-        fix = "usual are init_scale=2**16, growth=2, backoff=0.5, interval=2000, min_scale=1"
+        fix = "usual are init_scale=2**16, growth=2, backoff=0.5, interval=2000"
         raise FunctitanError(report("dynamic_loss_scale", problems, fix))
 
     def init(params: tree.Tree) -> LossScaleState:
@@ -100,18 +101,25 @@ def dynamic_loss_scale(
         scale = (state.scale * factor).clamp(min_scale, max_scale)
         return changes, LossScaleState(scale, torch.where(grows, 0, good), inner)
 
-    return GradientTransformation(init, update)
+    numbers = lambda state: numbers_of(transformation, state.inner)
+    return telling(GradientTransformation(init, update), numbers)
 
 
 def judged(
-    policy: str, scale: Tensor, new: LossScaleState, loss: Tensor, grads: tree.Tree, step: Any
+    policy: str,
+    tx: GradientTransformation,
+    scale: Tensor,
+    new: LossScaleState,
+    loss: Tensor,
+    grads: tree.Tree,
+    step: Any,
 ) -> dict[str, Tensor]:
     """Metrics of an update under a loss scale that was `scale`, which leaves a state as it was where it is skipped.
 
     "raise": `NonFiniteError` where the update was skipped, and the scale cannot become smaller. "skip": the metric
-    "skipped". "ignore": nothing.
+    "skipped". "ignore", and under vmap, where there is no one value to read: nothing.
     """
-    if policy == "ignore":
+    if policy == "ignore" or is_batched(scale):
         return {}
     skipped = (new.good_steps == 0) & (new.scale <= scale)
     if policy == "skip":
@@ -120,7 +128,8 @@ def judged(
     if capture is not None:
         capture.failures.append((stuck, _captured))
     else:
-        refuse(stuck, loss, grads, step, {"loss_scale": scale}, {}, fix="no smaller loss scale can help; ")
+        beside = {name: torch.as_tensor(x, device=scale.device) for name, x in numbers_of(tx, new) or []}
+        refuse(stuck, loss, grads, step, beside, {}, fix="no smaller loss scale can help; ")
     return {}
 
 

@@ -70,7 +70,7 @@ def value_and_grad(
     >>> import functitan as ft
     >>> def first(params, x, batch, key):
     ...     return ft.einsum("batch embed, embed mlp -> batch mlp", batch, params["w"])
-    >>> last = Stage({}, lambda params, x, batch, key: (x.sum(), x.numel()))
+    >>> last = Stage({}, lambda params, x, batch, key: (x.sum(), ft.count("batch mlp", x)))
     >>> stages = [Stage({"w": ft.Param("embed mlp", (2, 3))}, first), last]
     >>> schedule = ft.pipeline.schedule("gpipe", num_stages=2, num_microbatches=2, num_ranks=1)
     >>> f = value_and_grad(stages, schedule)

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import _disable_current_modes
 
 from functitan import tree
-from functitan.errors import DonatedError, FunctitanError, report
+from functitan.errors import DonatedError, FunctitanError, NonFiniteError, report
 from functitan.ops.function import transforms_active
 
 TAKEN = "taken"  # for `donate`: the tensors are objects of the callee's own already
@@ -54,7 +54,8 @@ def is_donated(leaf: Any) -> bool:
 def taken(value: tree.Tree, where: Where) -> Iterator[tree.Tree]:
     """`value` as tensors of the body's own, which it may write into; those of `value` are `Donated` from now on.
 
-    A `FunctitanError` that the body raises before it has written anything gives `value` back.
+    A `FunctitanError` that the body raises before it has written anything gives `value` back; so does a
+    `NonFiniteError`, which says that all is as it was.
 
     >>> import torch
     >>> old = {"w": torch.zeros(2)}
@@ -72,6 +73,9 @@ def taken(value: tree.Tree, where: Where) -> Iterator[tree.Tree]:
     before = _versions(own)
     try:
         yield tree.unflatten(structure, own)
+    except NonFiniteError:  # raised where what was written is what there was
+        give_back(leaves, own)
+        raise
     except FunctitanError:  # of a check; whatever else raises may have written as torch does not count
         if before is not None and _versions(own) == before:
             give_back(leaves, own)
