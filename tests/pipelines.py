@@ -104,7 +104,9 @@ PATTERNS = {"x": "batch mlp", "kept": "batch"}
 def expected(microbatches: int, examples: int = EXAMPLES):
     """Loss, count, aux and gradients by path, by plain accumulation without a mesh."""
     params = ft.init(DECLARED, ft.random.key(0))
-    (value, (count, aux)), grads = ft.accumulate(loss, microbatches)(params, batch(examples), ft.random.key(1))
+    (value, (count, aux)), grads = ft.accumulate(loss, microbatches, aux="sum")(
+        params, batch(examples), ft.random.key(1)
+    )
     return (value, count, aux), by_path(grads)
 
 
@@ -118,7 +120,7 @@ def run(mesh, schedule, rules=RULES, layer=layer, examples: int = EXAMPLES, time
     declared = ft.pipeline.declarations(its, schedule, 0 if mesh is None else mesh.place)
     params = ft.init(declared, ft.random.key(0), mesh=mesh, rules=rules)
     given = ft.shard(batch(examples), PATTERNS, mesh=mesh, rules=rules)
-    f = ft.spmd(ft.pipeline.value_and_grad(its, schedule, **options), mesh=mesh, rules=rules)
+    f = ft.spmd(ft.pipeline.value_and_grad(its, schedule, aux="sum", **options), mesh=mesh, rules=rules)
     (value, (count, aux)), grads = f(params, given, ft.random.key(1), times=times)
     return (value, count, aux), by_path(ft.unshard(grads, declared, mesh=mesh, rules=rules))
 

@@ -99,7 +99,9 @@ def no_dropout(params, x, kept, key):
 @functools.cache
 def plain():
     params = ft.init(DECLARED, ft.random.key(0))
-    (value, (count, aux)), grads = ft.accumulate(functools.partial(loss, layer=no_dropout), 4)(params, batch(), None)
+    (value, (count, aux)), grads = ft.accumulate(functools.partial(loss, layer=no_dropout), 4, aux="sum")(
+        params, batch(), None
+    )
     return (value, count, aux), by_path(grads)
 
 

@@ -6,6 +6,7 @@ because torch.func always keeps the graph of the backward pass (`create_graph`):
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -110,8 +111,9 @@ def grad(fn: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) ->
 def jvp(fn: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
     """(fn(*primals), its derivative along `tangents`): forward mode, as in JAX.
 
-    On a virtual mesh, where torch's forward mode gives wrong numbers, it is the vjp of the vjp, which is linear in its
-    cotangent. Raises `FunctitanError` if structures differ.
+    On a virtual mesh, and on every thread but the main one, it is the vjp of the vjp, which is linear in its cotangent:
+    torch's forward mode is one for the whole process, and gives wrong numbers where two threads use it. Raises
+    `FunctitanError` if structures differ.
 
     >>> jvp(lambda x: x ** 2, (torch.tensor(3.0),), (torch.tensor(1.0),))
     (tensor(9.), tensor(6.))
@@ -128,7 +130,8 @@ def jvp(fn: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any])
         return tuple(out)
 
     mesh = current().mesh
-    if mesh is not None and mesh.transport.name == "virtual":
+    alone = threading.current_thread() is threading.main_thread()  # a rank of ft.simulate may be outside ft.spmd
+    if not alone or (mesh is not None and mesh.transport.name == "virtual"):
         values, moved = _double_vjp(flat, leaves, directions)
     else:
         values, moved = torch.func.jvp(flat, tuple(leaves), tuple(directions))[:2]

@@ -209,3 +209,17 @@ def test_a_notebook_launches_its_functions_and_shows_its_own_lines_in_errors(mon
     assert calls == ["product(torch.ones(2, 3))", "return ft.einsum('batch embed, embed mlp -> batch mlp', x, x)"]
     assert "axis 'embed' is 2 in operand 1 'embed mlp', but 3 in operand 0 'batch embed'" in lines[-1]
     assert not any(os.path.join("functitan", "") in line for line in shown if line.startswith("  File"))
+
+
+def test_a_rank_outside_spmd_has_right_tangents():
+    """torch's forward mode is one for the process: ranks that use it at once get wrong numbers, or errors."""
+    x = torch.arange(1.0, 5.0, dtype=torch.float64)
+
+    def rank(mesh):
+        start = x * (mesh.rank + 1)
+        return [ft.jvp(lambda y: torch.sin(y) * y, (start,), (x,))[1] for _ in range(50)]
+
+    for number, tangents in enumerate(ft.simulate(dp=4)(rank)()):
+        y = x * (number + 1)
+        for tangent in tangents:
+            torch.testing.assert_close(tangent, (torch.cos(y) * y + torch.sin(y)) * x)
