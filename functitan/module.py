@@ -61,6 +61,7 @@ def from_module(
     tensor([0.2000, 0.2000])
     """
     named = dict(module.named_parameters())
+    names = set(named)  # all that the function keeps of them
     axes = _axes_of(named, patterns)
     skeleton = _skeleton(module)
     copies = threading.local()  # functional_call puts parameters into a module while it runs
@@ -69,7 +70,7 @@ def from_module(
 
     def called(params: tree.Tree, state: tree.Tree, args: Any, kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
         """The module's result, and its buffers after the call, by name; `state` are those before, or `None`."""
-        given = _named_leaves(params, set(named), "parameter", "params")
+        given = _named_leaves(params, names, "parameter", "params")
         if not hasattr(copies, "module"):
             copies.module = copy.deepcopy(skeleton)
         own = dict(copies.module.named_buffers())

@@ -40,7 +40,7 @@ from functitan.transforms.beside import check_ways, part_of
 from functitan.transforms.checked import Held, check_step, checked, held_in
 from functitan.transforms.donate import TAKEN, check_donated, taken
 from functitan.transforms.grad import reaching
-from functitan.transforms.loss import count_of, divisor, is_on_mesh, split_loss
+from functitan.transforms.loss import check_loss, count_of, divisor, is_on_mesh, split_loss
 from functitan.transforms.own_batch import check_batch
 
 
@@ -206,7 +206,7 @@ def _pattern_of(param: Param) -> str | Param:
 
 def _check_given(loss_fn: Any, value_and_grad: Any, otherwise: bool) -> None:
     if value_and_grad is None:
-        return check_function(loss_fn, "ft.train_step")
+        return check_loss(loss_fn, "ft.train_step")
     check_function(value_and_grad, "ft.train_step: value_and_grad")
     problems = ["loss_fn is given too"] if loss_fn is not None else []
     problems += ["accumulate and gradients belong to loss_fn, and so does aux"] if otherwise else []

@@ -5,6 +5,7 @@ Invariant: it is one function however its sequence lies: over ranks, and in whic
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -82,7 +83,7 @@ def attention(
     if key_positions is not None:
         given.append(Operand("key_positions", key_positions, kv_axes[:-2], "int"))
     check_operands(what, *given, alike=True)
-    _check_options(what, window, mask)
+    _check_options(what, causal, scale, window, mask)
     q, k, v = in_compute((q, k, v), env.precision)
     marks, rule = Marks(positions, segments), Rule(causal, window, mask)
     if key_positions is not None:
@@ -108,20 +109,32 @@ def _parse(pattern: str, own_places: bool) -> tuple[Axes, Axes]:
             problems.append(
                 f"{write_axes(q)!r} and {write_axes(kv)!r}: each has batch axes, positions, heads, head_dim"
             )
-        elif q[:-3] != kv[:-3] or q[-1] != kv[-1] or (q[-3] != kv[-3] and not own_places):
+        elif q[:-3] != kv[:-3] or q[-1] != kv[-1]:
             problems.append(f"{write_axes(q)!r} and {write_axes(kv)!r} differ in more than the heads")
+        elif q[-3] != kv[-3] and not own_places:
+            problem = f"positions are {q[-3]!r} in queries, {kv[-3]!r} in keys, which have no positions of their own"
+            fix = _FIX_PLACES.format(axes=write_axes(kv[:-2]), axis=kv[-3])
+            raise PatternError(report(f"attention({pattern!r})", [problem], f"{_FIX}; {fix}"))
     if problems:
         raise PatternError(report(f"attention({pattern!r})", problems, _FIX))
     return operands  # type: ignore[return-value]
 
 
-def _check_options(what: str, window: Any, mask: Any) -> None:
-    problems = [] if window is None or is_size(window) else [f"window is {window!r}: a number of positions, at least 1"]
+def _check_options(what: str, causal: Any, scale: Any, window: Any, mask: Any) -> None:
+    problems = [] if isinstance(causal, bool) else [f"causal is {causal!r}: it is True or False"]
+    problems += [] if scale is None or _is_number(scale) else [f"scale is {scale!r}: it is a finite number"]
+    problems += (
+        [] if window is None or is_size(window) else [f"window is {window!r}: a number of positions, at least 1"]
+    )
     problems += [] if mask is None or callable(mask) else [f"mask is a {type(mask).__name__}, not a function"]
     if problems:
         raise PatternError(
-            report(what, problems, "write window=1024, mask=lambda b, h, q_idx, kv_idx: q_idx >= kv_idx")
+            report(what, problems, "write causal=True, scale=0.125, window=1024, mask=lambda b, h, q, kv: q >= kv")
         )
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, float | int) and not isinstance(x, bool) and math.isfinite(x)
 
 
 def _check_own_places(what: str, causal: bool, marks: Marks) -> None:
@@ -133,3 +146,4 @@ def _check_own_places(what: str, causal: bool, marks: Marks) -> None:
 
 
 _FIX = "write 'batch seq heads head_dim, batch seq kv_heads head_dim'"
+_FIX_PLACES = "where keys are other tokens, as of an encoder: key_positions=ft.iota({axes!r}, {axis!r}, sizes)"

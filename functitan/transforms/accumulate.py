@@ -25,7 +25,7 @@ from functitan.sharding.rules import AxisRules, check_rules
 from functitan.transforms.beside import check_ways, merged
 from functitan.transforms.closures import refuse_shards_of
 from functitan.transforms.grad import add_gradients, described
-from functitan.transforms.loss import divisor, is_on_mesh
+from functitan.transforms.loss import check_loss, divisor, is_on_mesh
 from functitan.transforms.microbatches import (
     FIX_K,
     added,
@@ -109,6 +109,7 @@ def accumulated(
     if not isinstance(k, int) or isinstance(k, bool) or k < 1:
         raise FunctitanError(report(WHERE, [f"k is {k!r}: it must be a whole number of at least 1"], FIX_K))
 
+    check_loss(loss_fn, WHERE)
     looked = [] if looked is None else looked
     check_ways(aux, WHERE)
 

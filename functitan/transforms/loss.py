@@ -6,14 +6,31 @@ a mesh a count is a tensor: a number of Python is taken from this rank's shapes.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from functitan.errors import FunctitanError, report
+from functitan.errors import FunctitanError, check_function, report
 from functitan.sharding.context import Env
 from functitan.transforms.grad import described
+
+
+def check_loss(loss_fn: Any, where: str) -> None:
+    """Raise `FunctitanError` for what cannot be called as a loss function is: with parameters, a batch, and a key."""
+    check_function(loss_fn, where)
+    try:
+        taken = inspect.signature(loss_fn)
+    except (TypeError, ValueError):  # one without a signature
+        return
+    try:
+        taken.bind(None, None, None)
+    except TypeError:
+        name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+        problem = f"{name}{taken} cannot be called as {name}(params, batch, key)"
+        fix = "write def loss(params, batch, key), also where it draws nothing: key is what ft.random and dropout take"
+        raise FunctitanError(report(f"{where}: the loss function", [problem], fix)) from None
 
 
 def split_loss(out: Any, where: str, on_mesh: bool = False) -> tuple[tuple[Tensor, Any], Any]:

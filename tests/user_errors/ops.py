@@ -157,8 +157,28 @@ be
         ft.PatternError,
         """\
         attention('batch heads seq dim, batch kv_heads seq dim'):
-          - 'batch heads seq dim' and 'batch kv_heads seq dim' differ in more than the heads
-          Fix: write 'batch seq heads head_dim, batch seq kv_heads head_dim'""",
+          - positions are 'heads' in queries, 'kv_heads' in keys, which have no positions of their own
+          Fix: write 'batch seq heads head_dim, batch seq kv_heads head_dim'; where keys are other tokens, as of an \
+encoder: key_positions=ft.iota('batch kv_heads', 'kv_heads', sizes)""",
+    ),
+    "attention over other tokens, without their positions": (
+        lambda: ft.attention("batch seq heads head_dim, batch source kv_heads head_dim", Q, LONG, LONG),
+        ft.PatternError,
+        """\
+        attention('batch seq heads head_dim, batch source kv_heads head_dim'):
+          - positions are 'seq' in queries, 'source' in keys, which have no positions of their own
+          Fix: write 'batch seq heads head_dim, batch seq kv_heads head_dim'; where keys are other tokens, as of an \
+encoder: key_positions=ft.iota('batch source', 'source', sizes)""",
+    ),
+    "attention with options of other kinds": (
+        lambda: ft.attention(ATTEND, Q, K, K, causal="yes", scale="x", window=0),
+        ft.PatternError,
+        """\
+        attention('batch seq heads head_dim, batch seq kv_heads head_dim'):
+          - causal is 'yes': it is True or False
+          - scale is 'x': it is a finite number
+          - window is 0: a number of positions, at least 1
+          Fix: write causal=True, scale=0.125, window=1024, mask=lambda b, h, q, kv: q >= kv""",
     ),
     "labels that are floats, for another batch": (
         lambda: ft.cross_entropy("batch vocab, batch ->", ODD, FLOATS),

@@ -8,6 +8,11 @@ import functitan as ft
 from functitan.models import gpt2, llama
 from user_errors.given import ADAM, BATCH, CONFIG, DECLARED, KEY, LLAMA, SGD, TOKENS, USED, P, step
 
+
+def keyless(params, batch):
+    return params["w"].sum(), 1
+
+
 MISTAKES = {
     "a train state of values": (
         lambda: ft.TrainState.create(P, ADAM, KEY),
@@ -24,6 +29,24 @@ MISTAKES = {
         ft.TrainState.create:
           - tx is a function
           Fix: give gradient transformations, as ft.optim.adamw(1e-3) makes them""",
+    ),
+    "a loss function without a key": (
+        lambda: ft.train_step(keyless, ADAM),
+        ft.FunctitanError,
+        """\
+        ft.train_step: the loss function:
+          - keyless(params, batch) cannot be called as keyless(params, batch, key)
+          Fix: write def loss(params, batch, key), also where it draws nothing: key is what ft.random and dropout \
+take""",
+    ),
+    "a loss of accumulation with four arguments": (
+        lambda: ft.accumulate(lambda params, batch, key, scale: None, 2),
+        ft.FunctitanError,
+        """\
+        ft.accumulate: the loss function:
+          - <lambda>(params, batch, key, scale) cannot be called as <lambda>(params, batch, key)
+          Fix: write def loss(params, batch, key), also where it draws nothing: key is what ft.random and dropout \
+take""",
     ),
     "a step of parameters alone": (
         lambda: ft.train_step(max, ADAM)(P, BATCH),
