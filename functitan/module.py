@@ -28,7 +28,7 @@ from functitan.param import Block, Param
 from functitan.sharding.context import current, using
 from functitan.sharding.cut import refuse_shards
 from functitan.sharding.layout import whole
-from functitan.sharding.steps import Label
+from functitan.sharding.message import Label
 
 
 def from_module(

@@ -15,7 +15,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1] / "functitan"
 
 RULES = {f"sharding.{name}" for name in ("rules", "layout", "choice", "moves", "plan", "contraction")}
-RULES |= {f"sharding.{name}" for name in ("passing", "sequence")}
+RULES |= {f"sharding.{name}" for name in ("message", "sequence")}
 RULES |= {"ops.types", "ops.context.route"}  # each step of a function in these is a rule step
 TRANSPOSES = {  # functions of ops and collectives whose steps are those of a transpose or of a tangent
     *("vjp", "jvp", "_vjp", "_jvp", "backward", "transpose", "transposed", "batched", "cotangents", "tangents"),

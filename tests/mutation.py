@@ -42,7 +42,7 @@ LAWS = {
     "sharding.virtual": ["test_collectives.py", "test_guards.py their_lines"],
     "sharding.steps": ["test_collectives.py", "test_plan.py", "test_ops.py values-", "test_ops.py -constrain]"],
     "sharding.distributed": ["test_gloo.py adjoint"],
-    "sharding.passing": ["test_context_parallel.py way_around", "test_context_parallel.py sees_none"]
+    "sharding.message": ["test_context_parallel.py way_around", "test_context_parallel.py sees_none"]
     + ["test_context_composition.py processes"],
     "ops.attention": [f"test_ops.py {law}attention]" for law in ("values-", "cotangents-", "shard-", "ft_vmap-")]
     + ["test_llama.py megatrons"],
@@ -100,7 +100,7 @@ LAWS = {
 # mutants that change nothing -> why not
 SAME: dict[str, str] = {
     "optim.finite._over_ranks: \"max\" -> 'sum'": "flags are 0 or 1, and their sum is positive where their maximum is",
-    "sharding.passing.Passing.splits: (me - self.shift) % n -> me - self.shift": "a list counts from its end, too",
+    "sharding.message.Passing.splits: (me - self.shift) % n -> me - self.shift": "a list counts from its end, too",
     "pipeline.gradients.value_and_grad.gradients: dims -> dims[::-1]": "the order of replicas is free",
 }
 

@@ -15,8 +15,8 @@ from functitan.sharding import mesh as mesh_module
 from functitan.sharding.choice import FREE, Fixed, choose
 from functitan.sharding.contraction import Contraction, Term, terms_of
 from functitan.sharding.layout import Layout
-from functitan.sharding.ledger import FORMULAS
 from functitan.sharding.mesh import MeshSizes
+from functitan.sharding.message import FORMULAS
 from functitan.sharding.moves import Frames, Splits, Step, operand_steps, result_steps
 
 

@@ -181,13 +181,13 @@ def sent_by_rank(n, options):
     step = ft.context_parallel(ft.grad(loss), method="ring")
 
     def rank(mesh):
-        sent, permute = [], mesh.transport.permute
+        sent, start = [], mesh.transport.start
 
-        def counted(x, dims, passing, note):
-            sent.append(passing.sends(n, mesh.rank))
-            return permute(x, dims, passing, note)
+        def counted(message, x):
+            sent.append(message.how.sends(n, mesh.rank))
+            return start(message, x)
 
-        mesh = mesh._replace(transport=mesh.transport._replace(permute=counted))
+        mesh = mesh._replace(transport=mesh.transport._replace(start=counted))
         ft.spmd(step, mesh=mesh, rules=RULES)(q)
         return sum(sent)
 
@@ -327,7 +327,8 @@ def test_the_cheapest_method_is_chosen(why: str):
 def test_the_next_block_travels_while_this_one_is_computed(monkeypatch):
     events: list[str] = []
 
-    def start_permute(x, dims, passing, note):
+    def start(message, x):
+        assert message.collective == "permute"
         events.append("start")
         return lambda: events.append("wait") or x.clone()
 
@@ -336,8 +337,7 @@ def test_the_next_block_travels_while_this_one_is_computed(monkeypatch):
 
     monkeypatch.setattr(blockwise, "tile", logged("tile", blockwise.tile))
     monkeypatch.setattr(blockwise, "tile_gradients", logged("gradients", blockwise.tile_gradients))
-    refuse = [None] * 4
-    mesh = Mesh(MeshSizes(("cp",), (3,)), (1,), Transport("logged", *refuse, start_permute, None))
+    mesh = Mesh(MeshSizes(("cp",), (3,)), (1,), Transport(start, lambda *_: None))
     q = torch.randn(1, 4, 1, 2)
     attend = ft.context_parallel(lambda q: ft.attention(f"{Q}, {Q}", q, q, q).sum(), method="ring")
     ft.spmd(attend, mesh=mesh, rules=RULES)(q)

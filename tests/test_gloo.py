@@ -23,6 +23,7 @@ import functitan as ft
 from functitan.errors import CollectiveError, FunctitanError, MeshError
 from functitan.sharding import collectives
 from functitan.sharding.distributed import mesh_of
+from functitan.sharding.message import Message
 
 TOLERANCE = 1e-10  # float64 sums of some hundred terms of order one, in another order: 1e-13 and a margin
 
@@ -185,7 +186,8 @@ def without_torchrun() -> list[float]:
     for _ in range(2):
         for sizes in ({"fsdp": 1}, {"fsdp": 1, "tp": -1}):
             transport = mesh_of(ft.make_mesh(**sizes, backend="gloo")).transport
-            found.append(transport.all_gather(torch.ones(1), ("fsdp",), ("test", ""))().item())
+            message = Message("all_gather", ("fsdp",), 1, (1,), torch.float32, op="test")
+            found.append(transport.start(message, torch.ones(1))().item())
         dist.destroy_process_group()
     os.environ["RANK"] = rank
     return found

@@ -20,7 +20,7 @@ LAYERS = [
     + [
         "sharding.plan",
         "sharding.rings",
-        "sharding.passing",
+        "sharding.message",
         "sharding.precision",
         "sharding.float8",
         "sharding.sequence",
@@ -28,7 +28,7 @@ LAYERS = [
     ["sharding.context", "sharding.distributed", "sharding.virtual", "sharding.ledger", "sharding.program"]
     + ["sharding.memo", "sharding.symmetric", "sharding.deferred", "sharding.point_to_point", "sharding.messages"]
     + ["sharding.agreement", "sharding.steps", "sharding.collectives", "sharding.explain", "sharding.init"]
-    + ["sharding.cut"]
+    + ["sharding.cut", "sharding.shapes"]
     + ["sharding.launch", "sharding.simulate", "sharding.traced", "sharding.lowered", "sharding"],
     ["ops", "ops.*", "random", "capture", "capture.*"],
     ["nn", "nn.*", "transforms", "transforms.*"],

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import functitan as ft
-from functitan.sharding.traced import is_collective
+from functitan.sharding.traced import is_collective, sent_by
 
 CONFIG = ft.models.llama.DEBUG._replace(num_layers=1, vocab_size=256, embed=64, mlp=128, head_dim=8)
 RULES = ft.models.llama.RULES
@@ -131,8 +131,8 @@ def test_forward_and_backward_gathers_stay_apart():
     def count(mesh):
         args = (torch.randn(32, 4), torch.randn(2, 64))
         jitted = ft.jit(ft.spmd(ft.grad(fn), mesh=mesh, rules=rules))
-        phases = [n.args[8] for n in jitted.graph(*args).graph.nodes if is_collective(n) and n.args[1] == "all_gather"]
-        return sorted(phases)
+        sent = [sent_by(node).message for node in jitted.graph(*args).graph.nodes if is_collective(node)]
+        return sorted(message.phase for message in sent if message.collective == "all_gather")
 
     # two equal gathers of one weight merge in each direction, not across
     assert ft.simulate(fsdp=2)(count)() == [["backward", "forward"]] * 2

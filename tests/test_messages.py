@@ -12,8 +12,8 @@ import torch
 import functitan as ft
 from functitan.errors import CollectiveError
 from functitan.sharding.context import current
+from functitan.sharding.message import Label
 from functitan.sharding.messages import post, receive
-from functitan.sharding.steps import Label
 
 LABEL = Label("test", "a number")
 RULES = ft.AxisRules({"batch": "fsdp"})
@@ -119,5 +119,5 @@ def test_a_process_that_dies_ends_those_that_wait_for_its_message(capfd):
     with pytest.raises(CollectiveError, match="rank 0 ended without a result: killed by SIGKILL"):
         ft.launch(killed, nprocs=2)
     out = capfd.readouterr().out
-    assert "rank 1 waited for a message from rank 0 receive over pp of float32[2] for 'test' 'a number'" in out
+    assert "rank 1 waited for the message over pp of float32[2] for 'test' 'a number' from rank 0" in out
     assert float(out.rpartition(" in ")[2].split()[0]) < 5  # not the timeout: the connection is closed

@@ -17,9 +17,10 @@ from functitan.sharding.context import current
 from functitan.sharding.contraction import Contraction, Term
 from functitan.sharding.layout import Layout, block_of
 from functitan.sharding.mesh import MeshSizes
+from functitan.sharding.message import Label
 from functitan.sharding.moves import operand_steps
 from functitan.sharding.plan import plan
-from functitan.sharding.steps import Label, run_step
+from functitan.sharding.steps import run_step
 from functitan.testing.sharded import assert_close
 from functitan.testing.strategies import AXES, axis_sizes, meshes, rules_tables
 

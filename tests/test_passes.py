@@ -19,7 +19,7 @@ from functitan.capture.passes.bucket import period
 from functitan.capture.passes.table import PASSES, run_passes
 from functitan.capture.trace import Program, trace
 from functitan.sharding.collectives import all_reduce, reduce_scatter
-from functitan.sharding.traced import collective_of, is_collective
+from functitan.sharding.traced import is_collective, sent_by
 
 CONFIG = ft.models.llama.DEBUG._replace(num_layers=2, vocab_size=64, embed=32, mlp=64, head_dim=8)
 RULES = ft.models.llama.RULES
@@ -124,9 +124,7 @@ def test_kept_gathers_are_one_for_each_weight():
         for x, y in zip(results(program, inputs), results(kept, inputs), strict=True):
             assert torch.equal(x, y)
         shards = [
-            collective_of(node).x
-            for node in kept.graph.graph.nodes
-            if is_collective(node) and node.args[1] == "all_gather"
+            sent_by(node).x for node in kept.graph.graph.nodes if is_collective(node) and node.args[1] == "all_gather"
         ]
         assert len(set(shards)) == len(shards)
         return {entry.phase for entry in kept.entries() if entry.collective == "all_gather"}
@@ -148,8 +146,8 @@ def test_a_sum_of_reductions_is_the_reduction_of_a_sum(view):
         fn_ = ft.spmd(fn, mesh=mesh, rules=ft.AxisRules({}))
         jitted = ft.jit(fn_, skip=["bucket_collectives"])
         ft.testing.assert_trees_all_close(jitted(*xs), fn_(*xs), atol=1e-6, rtol=1e-6)  # another order of summation
-        nodes = [collective_of(node) for node in jitted.graph(*xs).graph.nodes if is_collective(node)]
-        return sorted(f"{its.kind} {its.detail}" for its in nodes)
+        sent = [sent_by(node).message for node in jitted.graph(*xs).graph.nodes if is_collective(node)]
+        return sorted(f"{message.collective} {message.how}" for message in sent)
 
     found = ft.simulate(dp=2)(on_each_rank)()[0]
     assert found == ["all_reduce max", "all_reduce max", "all_reduce sum", "reduce_scatter sum"]
@@ -175,8 +173,8 @@ def test_only_the_part_of_a_sum_that_a_rank_takes_is_reduced(sizes, sent):
         assert torch.equal(jitted(own), plain(own)) and torch.equal(
             jitted(own), ft.spmd(fn, mesh=mesh, rules=rules)(own)
         )
-        nodes = [collective_of(node) for node in jitted.graph(own).graph.nodes if is_collective(node)]
-        return [f"{its.kind} {its.dims}" for its in nodes]
+        sent = [sent_by(node).message for node in jitted.graph(own).graph.nodes if is_collective(node)]
+        return [f"{message.collective} {' '.join(message.mesh_dims)}" for message in sent]
 
     assert ft.simulate(**sizes)(on_each_rank)()[0] == sent
 
@@ -190,7 +188,7 @@ def test_a_sum_that_something_else_needs_whole_is_reduced_whole():
 
     def on_each_rank(mesh):
         graph = ft.jit(ft.spmd(fn, mesh=mesh, rules=rules)).graph(torch.ones(1, 4))
-        return [collective_of(node).kind for node in graph.graph.nodes if is_collective(node)]
+        return [sent_by(node).message.collective for node in graph.graph.nodes if is_collective(node)]
 
     assert ft.simulate(dp=2)(on_each_rank)() == [["all_reduce"]] * 2
 

@@ -235,17 +235,17 @@ def test_the_bubble_on_a_virtual_clock_is_the_predicted_one(name, monkeypatch):
     def rank(mesh):
         transport, me = mesh.transport, mesh.rank
 
-        def post(x, dim, to, note):
-            if note.pattern.startswith(("input", "cotangent")):
-                stamps.setdefault((me, to, note), []).append(clocks.now)
-            return transport.post(x, dim, to, note)
+        def post(message, x, to):
+            if message.pattern.startswith(("input", "cotangent")):
+                stamps.setdefault((me, to, message.pattern), []).append(clocks.now)
+            return transport.post(message, x, to)
 
-        def receive(shape, dtype, device, dim, source, note):
-            pending = transport.receive(shape, dtype, device, dim, source, note)
+        def receive(message, device, source):
+            pending = transport.receive(message, device, source)
 
             def wait():
                 x = pending.wait()
-                clocks.now = max([clocks.now, *stamps.get((source, me, note), [])])
+                clocks.now = max([clocks.now, *stamps.get((source, me, message.pattern), [])])
                 return x
 
             return pending._replace(wait=wait)

@@ -25,7 +25,7 @@ Run = Callable[[list[Tensor]], list[Any]]
 
 def compiled(program: Program, homes: tuple[int | None, ...], backend: str) -> Run:
     """A function of a list of inputs, which it empties, so that dead ones can be freed."""
-    plain = backend == "graph" or any(mesh.transport.name != "distributed" for mesh in program.meshes)
+    plain = backend == "graph" or any(not mesh.transport.compiles for mesh in program.meshes)
     graph = GraphModule(program.graph, copy.deepcopy(program.graph.graph))
     graph = lower_collectives(graph, program.meshes, not plain)
     if plain:

@@ -26,9 +26,9 @@ from functitan.capture.blame import line_of_error, lines_of_strangers, lines_of_
 from functitan.errors import CaptureError, report
 from functitan.sharding.context import current, using
 from functitan.sharding.cut import carry_cut
-from functitan.sharding.ledger import Entry
 from functitan.sharding.mesh import Mesh
-from functitan.sharding.traced import Capture, entry_of, is_collective
+from functitan.sharding.message import Message
+from functitan.sharding.traced import Capture, is_collective, message_of
 
 
 class Program(NamedTuple):
@@ -43,12 +43,12 @@ class Program(NamedTuple):
     remarks: tuple[str, ...] = ()  # of its ops, for a ledger
     compared: bool = False  # whether ranks are to compare their collectives before the first run
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[Message]:
         """What one run of it enters into a ledger."""
-        found: list[Entry] = []
+        found: list[Message] = []
         for node in self.graph.graph.nodes:
             if is_collective(node):
-                found.append(entry_of(node))
+                found.append(message_of(node))
             elif node.target in self.calls:
                 found += self.calls[node.target].program.entries()
         return found

@@ -21,7 +21,10 @@ from functitan.checkpoint.leaves import Leaf, described
 from functitan.errors import CheckpointError, report
 from functitan.param import Param
 from functitan.reading import parsed_json
+from functitan.sharding.context import current
 from functitan.sharding.mesh import Mesh
+from functitan.sharding.message import Label
+from functitan.sharding.steps import send
 from functitan.transforms.checked import CHUNK, signs_of, sums_of
 
 Digest = tuple[int, int]
@@ -79,10 +82,15 @@ def check_replicas(what: str, leaves: Sequence[Leaf], mesh: Mesh, device: torch.
 def gathered(text: str, dims: tuple[str, ...], mesh: Mesh, device: torch.device) -> list[Any]:
     """What each rank along mesh dims says as JSON, in their order."""
     data = text.encode()
-    longest = int(mesh.transport.all_reduce(torch.tensor(len(data), device=device), dims, "max", _NOTE)().item())
+    longest = int(largest(torch.tensor(len(data), device=device), dims, mesh).item())
     own = torch.frombuffer(bytearray(data.ljust(longest)), dtype=torch.uint8).to(device)
-    rows = mesh.transport.all_gather(own, dims, _NOTE)().cpu()
+    rows = send("all_gather", own, dims, current()._replace(mesh=mesh), _SAVE).cpu()
     return [parsed_json(row.numpy().tobytes()) for row in rows]
+
+
+def largest(x: Tensor, dims: tuple[str, ...], mesh: Mesh, what: str = "checkpoint.save") -> Tensor:
+    """The maximum of each number of `x` over the ranks along mesh dims."""
+    return send("all_reduce", x, dims, current()._replace(mesh=mesh), Label(what, ""), "max")
 
 
 def _is_equal(leaf: Leaf, dim: str) -> bool:
@@ -109,10 +117,10 @@ def _parted(texts: dict[str, str], mesh: Mesh, device: torch.device) -> list[boo
     differ = []
     for dim, text in texts.items():
         own = torch.tensor(_mark(text), device=device)
-        most = mesh.transport.all_reduce(torch.cat([own, ~own]), (dim,), "max", _NOTE)()
+        most = largest(torch.cat([own, ~own]), (dim,), mesh)
         differ.append((most[:2] != ~most[2:]).any())
     flags = torch.stack(differ).to(torch.int32)
-    return mesh.transport.all_reduce(flags, tuple(texts), "max", _NOTE)().bool().tolist()
+    return largest(flags, tuple(texts), mesh).bool().tolist()
 
 
 def _differences(ranks: list[list[Row]], dim: str, mesh: Mesh) -> Iterator[Difference]:
@@ -222,7 +230,7 @@ def _is_close(one: Row, other: Row) -> bool:
 
 _WORDS = 1 << 17  # words that are read at once
 _TURN = 6364136223846793005  # odd; between two chunks, so that they have an order
-_NOTE = ("checkpoint.save", "")
+_SAVE = Label("checkpoint.save", "")
 _FIXES = {
     "undeclared": "give the pattern of what is a shard, patterns={'ema': declarations}; or say that each rank has a "
     "value of its own: patterns={'ema': ft.checkpoint.per_rank}",

@@ -21,7 +21,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from functitan import tree
-from functitan.checkpoint.compare import gathered
+from functitan.checkpoint.compare import gathered, largest
 from functitan.checkpoint.files import Place, clear_errors, locate, remove
 from functitan.checkpoint.history import DAMAGED, MARK, Saved, found, free_name, leftovers, mark_of, removable
 from functitan.checkpoint.leaves import device_among, mesh_of
@@ -206,7 +206,7 @@ class Manager:
         if mesh is None or not dims:
             return flags[0], flags[1]
         asked = torch.tensor(flags, dtype=torch.int32, device=device_among(tree.leaves(state)))
-        stop, due = mesh.transport.all_reduce(asked, dims, "max", ("checkpoint.Manager", ""))().tolist()
+        stop, due = largest(asked, dims, mesh, "checkpoint.Manager").tolist()
         return bool(stop), bool(due)
 
     def _mesh(self, state: tree.Tree) -> Mesh | None:

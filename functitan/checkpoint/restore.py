@@ -30,9 +30,12 @@ from functitan.checkpoint.match import FIX_OTHER, check_same
 from functitan.checkpoint.save import together
 from functitan.errors import CheckpointError, report
 from functitan.reading import name_problem, path_text
+from functitan.sharding.context import current
 from functitan.sharding.cut import mark_cut
 from functitan.sharding.mesh import Mesh
+from functitan.sharding.message import Label
 from functitan.sharding.rules import AxisRules
+from functitan.sharding.steps import send
 from functitan.state import TrainState
 
 Checksums = dict[tuple[str, int], int]
@@ -180,7 +183,8 @@ def _has_stages(mesh: Mesh | None) -> bool:
 def _check_whole(what: str, leaves: list[Leaf], stored: int, mesh: Mesh, device: torch.device) -> None:
     """Raise on every rank unless the stages have all leaves of a checkpoint, each owned once."""
     own = torch.tensor([sum(not leaf.own and leaf.owner == mesh.place for leaf in leaves)], device=device)
-    asked = int(mesh.transport.all_reduce(own, ("pp",), "sum", ("checkpoint.restore", ""))().item())
+    env = current()._replace(mesh=mesh)
+    asked = int(send("all_reduce", own, ("pp",), env, Label("checkpoint.restore", ""), "sum").item())
     if asked != stored:
         problem = f"the pipeline's stages have {asked} leaves, the checkpoint has {stored}"
         raise CheckpointError(report(what, [problem], FIX_OTHER))

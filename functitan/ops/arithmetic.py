@@ -17,9 +17,10 @@ from functitan.axes import Axes
 from functitan.ops.local import product
 from functitan.sharding.context import Env
 from functitan.sharding.contraction import Contraction
+from functitan.sharding.message import Label
 from functitan.sharding.moves import Step
 from functitan.sharding.precision import cast, narrowed
-from functitan.sharding.steps import Label, run_step
+from functitan.sharding.steps import run_step
 
 Start = Callable[[Tensor], Callable[[], Tensor]]  # sends a tensor, and gives what waits for the one that comes
 Value = Any  # what an operand has become: opaque to who schedules moves and products

@@ -21,8 +21,8 @@ from functitan.ops.context.masks import Marks, Rule
 from functitan.ops.operands import Operand, check_operands
 from functitan.sharding.context import current
 from functitan.sharding.mesh import is_size
+from functitan.sharding.message import Label
 from functitan.sharding.precision import in_compute
-from functitan.sharding.steps import Label
 
 
 def attention(

@@ -22,10 +22,10 @@ from functitan.ops.types import Type, check_cotangents, resolve
 from functitan.sharding.choice import FREE, Fixed
 from functitan.sharding.context import Env
 from functitan.sharding.contraction import Contraction, Term, cotangents, tangents
+from functitan.sharding.message import Label
 from functitan.sharding.plan import Plan, plan
 from functitan.sharding.precision import cast
 from functitan.sharding.program import with_shards
-from functitan.sharding.steps import Label
 
 Dtypes = tuple[torch.dtype | None, ...]
 

@@ -20,7 +20,7 @@ from functitan.ops.remembered import made
 from functitan.ops.types import Type
 from functitan.random import draw_at, place_like
 from functitan.sharding.context import current
-from functitan.sharding.steps import Label
+from functitan.sharding.message import Label
 
 
 def dropout(pattern: str, x: Tensor, key: Tensor, rate: float) -> Tensor:

@@ -25,8 +25,8 @@ from functitan.sharding.context import current
 from functitan.sharding.contraction import Contraction, terms_of
 from functitan.sharding.cut import MARK
 from functitan.sharding.deferred import Deferred
+from functitan.sharding.message import Label
 from functitan.sharding.precision import in_compute
-from functitan.sharding.steps import Label
 
 
 def einsum(pattern: str, *tensors: Tensor) -> Any:

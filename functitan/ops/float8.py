@@ -36,8 +36,9 @@ from functitan.ops.types import global_sizes
 from functitan.sharding.context import Env
 from functitan.sharding.contraction import Contraction, terms_of
 from functitan.sharding.float8 import BLOCK, Float8, Matmul
+from functitan.sharding.message import Label
 from functitan.sharding.rules import Dims
-from functitan.sharding.steps import Label, send
+from functitan.sharding.steps import send
 
 
 class Use(NamedTuple):

@@ -14,7 +14,7 @@ from torch import Tensor
 from functitan.errors import FunctitanError, report
 from functitan.ops.function import peeled
 from functitan.sharding.context import Env
-from functitan.sharding.steps import Label
+from functitan.sharding.message import Label
 
 IGNORE = -100
 _SHOWN = 5  # labels that an error lists
@@ -23,7 +23,7 @@ _SHOWN = 5  # labels that an error lists
 def check_labels(labels: Tensor, vocab: int, ignore_index: int, env: Env, label: Label) -> None:
     """Raise `FunctitanError` for labels outside the vocabulary, where they are real values on the CPU."""
     values = peeled(labels)
-    planned = env.mesh is not None and env.mesh.transport.name == "explain"
+    planned = env.mesh is not None and not env.mesh.transport.has_values
     if planned or type(values) is not Tensor or values.device.type != "cpu" or not values.numel():
         return
     least, most = values.aminmax()

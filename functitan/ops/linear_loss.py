@@ -24,8 +24,8 @@ from functitan.ops.types import Type, resolve
 from functitan.sharding.context import current
 from functitan.sharding.contraction import Contraction, Term
 from functitan.sharding.mesh import is_size
+from functitan.sharding.message import Label
 from functitan.sharding.precision import in_compute
-from functitan.sharding.steps import Label
 
 
 def linear_cross_entropy(

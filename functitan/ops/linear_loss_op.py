@@ -22,8 +22,9 @@ from functitan.ops.types import Type, check_cotangents, resolve
 from functitan.sharding.context import Env
 from functitan.sharding.contraction import Contraction, Term
 from functitan.sharding.layout import Layout
+from functitan.sharding.message import Label
 from functitan.sharding.moves import Step
-from functitan.sharding.steps import Label, run_step
+from functitan.sharding.steps import run_step
 
 _REPLICA = "_replica"
 

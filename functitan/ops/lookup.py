@@ -27,9 +27,10 @@ from functitan.sharding.context import Env, current
 from functitan.sharding.contraction import Contraction, Term
 from functitan.sharding.layout import Layout, check_leaves, local_shape, whole
 from functitan.sharding.mesh import is_size
+from functitan.sharding.message import Label
 from functitan.sharding.plan import Plan, plan
 from functitan.sharding.sequence import positions_of
-from functitan.sharding.steps import Label, run_step, settle
+from functitan.sharding.steps import run_step, settle
 
 
 def take(pattern: str, indices: Tensor, table: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ from functitan.sharding.context import Env, as_mesh, current
 from functitan.sharding.cut import mark_cut, refuse_shards
 from functitan.sharding.layout import axes_of, block_of, check_leaves, global_shape, layout_of, table_of, whole
 from functitan.sharding.mesh import Mesh
+from functitan.sharding.message import Label
 from functitan.sharding.rules import AxisRules
-from functitan.sharding.steps import Label
 
 
 def constrain(pattern: str, x: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ from functitan.ops.reduce import broadcast, reduce
 from functitan.ops.remembered import made
 from functitan.ops.types import Type, layout_here
 from functitan.sharding.context import current, using
+from functitan.sharding.message import Label
 from functitan.sharding.precision import widened
-from functitan.sharding.steps import Label
 
 
 def rms_norm(pattern: str, x: Tensor, scale: Tensor, *, eps: float = 1e-5) -> Tensor:

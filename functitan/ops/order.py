@@ -14,8 +14,8 @@ from functitan.ops.contraction import move
 from functitan.ops.types import Type, layout_here
 from functitan.sharding.context import Env
 from functitan.sharding.layout import Layout
+from functitan.sharding.message import Label
 from functitan.sharding.sequence import positions_of, runs
-from functitan.sharding.steps import Label
 
 
 def zigzag_ranks(axis: str, env: Env) -> int:

@@ -17,11 +17,11 @@ from functitan.ops.fused import fused_gather, fused_scatter
 from functitan.ops.ring import Ring, Work
 from functitan.sharding.context import Env
 from functitan.sharding.contraction import Contraction
-from functitan.sharding.ledger import span_name
+from functitan.sharding.message import Label, span_name
 from functitan.sharding.plan import Plan
 from functitan.sharding.precision import cast
 from functitan.sharding.rings import NONE, Rings, rings
-from functitan.sharding.steps import Label, summed_in
+from functitan.sharding.steps import summed_in
 
 
 def rings_here(full: Contraction, plan: Plan, env: Env, label: Label) -> Rings:

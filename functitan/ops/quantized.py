@@ -16,8 +16,9 @@ from torch import Tensor
 from functitan.errors import LayoutError, report
 from functitan.sharding.context import Env
 from functitan.sharding.float8 import BLOCK
+from functitan.sharding.message import Label
 from functitan.sharding.moves import Step, View
-from functitan.sharding.steps import Label, run_step
+from functitan.sharding.steps import run_step
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2  # of operands, and of the cotangents of results
 EPS = 1e-12  # the least magnitude that a scale is made for, as in torchao: zeros have a scale too

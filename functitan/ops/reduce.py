@@ -23,8 +23,8 @@ from functitan.ops.types import Type, global_sizes, resolve
 from functitan.sharding.context import Env, current
 from functitan.sharding.contraction import Contraction, Term
 from functitan.sharding.mesh import is_size
+from functitan.sharding.message import Label
 from functitan.sharding.precision import in_compute, widened
-from functitan.sharding.steps import Label
 
 _OPS = ("sum", "mean", "max", "logsumexp")
 _KINDS = {"sum": "any", "mean": "inexact"}

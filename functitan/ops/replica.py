@@ -18,8 +18,8 @@ from functitan.ops.types import Type
 from functitan.sharding.context import Env, current
 from functitan.sharding.contraction import Contraction, Term
 from functitan.sharding.layout import Layout
+from functitan.sharding.message import Label
 from functitan.sharding.rules import AxisRules, Dims
-from functitan.sharding.steps import Label
 
 _REPLICA = "_replica"
 

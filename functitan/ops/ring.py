@@ -14,9 +14,9 @@ from torch import Tensor
 from functitan.axes import Axes
 from functitan.ops.arithmetic import Arithmetic, Value
 from functitan.sharding.context import Env
-from functitan.sharding.passing import Passing
+from functitan.sharding.message import Label, Passing
 from functitan.sharding.rules import Dims
-from functitan.sharding.steps import Label, start
+from functitan.sharding.steps import start
 
 Piece = tuple[int, int]  # (start, length) along an axis
 _UNIT = 32  # tiles of matmuls, and blocks of float8 formats, are not cut

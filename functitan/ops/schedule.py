@@ -16,10 +16,11 @@ from functitan.ops.pipelined import after_gather, before_scatter, rings_here
 from functitan.ops.ring import Ring, Work
 from functitan.sharding.context import Env
 from functitan.sharding.contraction import Contraction
+from functitan.sharding.message import Label
 from functitan.sharding.moves import Step
 from functitan.sharding.plan import Group, Plan, Product
 from functitan.sharding.rings import local_size
-from functitan.sharding.steps import Label, settle
+from functitan.sharding.steps import settle
 
 Key = tuple[int, Any]  # an operand as products take it: its place in `Plan.moved`, and its use
 

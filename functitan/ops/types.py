@@ -19,8 +19,8 @@ from functitan.sharding.contraction import Contraction, Term
 from functitan.sharding.layout import FIX_RULE, FIX_SIZES, Layout, divisibility, layout_of
 from functitan.sharding.ledger import Ledger
 from functitan.sharding.mesh import MeshSizes
+from functitan.sharding.message import Label
 from functitan.sharding.rules import AxisRules, unknown_names
-from functitan.sharding.steps import Label
 
 Shapes = tuple[tuple[int, ...], ...]
 

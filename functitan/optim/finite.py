@@ -18,8 +18,9 @@ from functitan.optim.kernels import extremes
 from functitan.optim.numbers import Numbers
 from functitan.sharding.collectives import all_reduce
 from functitan.sharding.context import current, using
+from functitan.sharding.message import Label
 from functitan.sharding.moves import Step
-from functitan.sharding.steps import Label, run_step
+from functitan.sharding.steps import run_step
 
 POLICIES = ("raise", "skip", "ignore")
 
@@ -128,7 +129,7 @@ def _unless(skip: Tensor, old: Any, update: Callable[[bool], Any], donate: bool)
     if _is_value(skip):
         return old if skip.item() else update(donate)
     mesh = current().mesh
-    if mesh is not None and mesh.transport.name == "explain":
+    if mesh is not None and not mesh.transport.has_values:
         return update(donate)  # predicts a step that is not skipped
     return tree.map(lambda x, y: torch.where(skip, x, y), old, update(False))
 

@@ -17,9 +17,10 @@ from functitan.ops.reduce import reduce
 from functitan.optim.kernels import root, square, squares, transformed, wide_dtype
 from functitan.optim.patterns import Leaf, leaves_of
 from functitan.sharding.context import Env, current, using
+from functitan.sharding.message import Label
 from functitan.sharding.moves import Step
 from functitan.sharding.rules import Dims
-from functitan.sharding.steps import Label, run_step
+from functitan.sharding.steps import run_step
 
 
 def global_norm(values: tree.Tree, patterns: tree.Tree | None = None) -> Tensor:

@@ -19,8 +19,8 @@ from functitan.errors import FunctitanError, report
 from functitan.param import Param
 from functitan.pipeline.stages import Stage
 from functitan.sharding.context import Env, using
-from functitan.sharding.explain import shapes_only
 from functitan.sharding.layout import local_shape
+from functitan.sharding.shapes import shapes_only
 from functitan.transforms.flat import Form, join, split
 from functitan.transforms.microbatches import Sums, added
 
@@ -72,7 +72,7 @@ def edges_of(stages: Sequence[Stage], part: Any, key: Tensor | None, env: Env, s
     """
     mesh = env.mesh
     if mesh is not None:
-        mesh = mesh._replace(transport=shapes_only(mesh.sizes))
+        mesh = mesh._replace(transport=shapes_only())
     quiet = env.key._replace(mesh=mesh, memo=None, deferred=None, pipeline=None)
     found = [NOTHING]
     device = next((x.device for x in tree.leaves(part) if isinstance(x, Tensor)), torch.device("cpu"))

@@ -13,9 +13,10 @@ from functitan.ops.replica import in_rows
 from functitan.pipeline.edges import Spec
 from functitan.sharding.context import Env
 from functitan.sharding.mesh import Pending
+from functitan.sharding.message import Label
 from functitan.sharding.messages import post, receive
 from functitan.sharding.moves import Step
-from functitan.sharding.steps import Label, run_step
+from functitan.sharding.steps import run_step
 
 _NAMES = {"F": "input", "B": "cotangent"}
 

@@ -184,7 +184,7 @@ def _check(params: tree.Tree, stages: Sequence[Stage], schedule: Schedule, env: 
     if env.capture is not None:
         fix = "capture the stages instead: Stage(declarations, ft.compile(apply))"
         raise CaptureError(report(WHERE, ["one graph cannot hold a pipeline: each rank runs its own program"], fix))
-    if mesh is not None and mesh.transport.name == "explain":
+    if mesh is not None and not mesh.transport.has_values:
         fix = (
             "explain a stage, as a function of its parameters, its input and its batch; schedule.timeline has the order"
         )

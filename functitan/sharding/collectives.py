@@ -15,10 +15,10 @@ from torch import Tensor
 from functitan.errors import MeshError, report
 from functitan.sharding.context import Env, current
 from functitan.sharding.mesh import Mesh, check_dim
+from functitan.sharding.message import Label, Passing
 from functitan.sharding.moves import Step, View
-from functitan.sharding.passing import Passing
 from functitan.sharding.rules import Dims
-from functitan.sharding.steps import Label, reduced, run_step, send
+from functitan.sharding.steps import reduced, run_step, send
 
 
 def all_gather(x: Tensor, dims: str | Dims, axis: int = 0, dtype: torch.dtype | None = None) -> Tensor:
@@ -111,7 +111,7 @@ class _Collective(torch.autograd.Function):
 
 def refuse_forward_mode(mesh: Mesh | None, what: str) -> None:
     """Raise `MeshError` on a virtual mesh: threads share torch's forward-AD levels, the numbers would be wrong."""
-    if mesh is not None and mesh.transport.name == "virtual":
+    if mesh is not None and mesh.transport.shares_a_process:
         problem = "torch's forward mode is not thread-safe, and a virtual mesh is threads: its numbers would be wrong"
         raise MeshError(
             report(f"jvp of {what}", [problem], "use ft.jvp or ft.hvp, which take two vjps here, or processes")

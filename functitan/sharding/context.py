@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.profiler import record_function
 
@@ -21,13 +22,14 @@ from functitan.sharding.deferred import Deferred
 from functitan.sharding.distributed import mesh_of
 from functitan.sharding.float8 import Float8
 from functitan.sharding.layout import Layout, layout_of
-from functitan.sharding.ledger import Entry, Ledger, Taps, span_name
+from functitan.sharding.ledger import Ledger, Taps
 from functitan.sharding.memo import Memo
 from functitan.sharding.mesh import Mesh, MeshSizes, Transport
+from functitan.sharding.message import Label, Message, Passing, span_name
 from functitan.sharding.precision import Precision
 from functitan.sharding.program import user_line
 from functitan.sharding.rings import Pipelining
-from functitan.sharding.rules import AxisRules, check_rules
+from functitan.sharding.rules import AxisRules, Dims, check_rules
 from functitan.sharding.sequence import DEFAULT, Sequence
 from functitan.sharding.traced import Capture
 
@@ -60,7 +62,7 @@ class Env(NamedTuple):
         """Whether named ops remember how their results lie: on a mesh, where a program runs for the first time."""
         if self.mesh is None:
             return False
-        return self.checked or self.capture is not None or self.mesh.transport.name == "explain"
+        return self.checked or self.capture is not None or not self.mesh.transport.has_values
 
     def layout(self, axes: tuple[str, ...]) -> Layout:
         """The layout of a pattern here; only where there is a mesh."""
@@ -101,9 +103,17 @@ class Env(NamedTuple):
             if kept is not None and text not in kept.notes:
                 kept.notes.append(text)
 
-    def entry(self, collective: str, dims: tuple[str, ...], nbytes: int, dtype: Any, op: str, pattern: str) -> Entry:
-        """What a collective here enters into a ledger."""
-        return Entry(collective, dims, nbytes, dtype, self.phase, self.recomputed, op, pattern)
+    def message(self, collective: str, x: Tensor, dims: Dims, label: Label, how: str | Passing = "") -> Message:
+        """The message of a collective here, of a tensor as it is sent."""
+        assert self.mesh is not None
+        ranks = self.mesh.sizes.size(dims)
+        return Message(collective, dims, ranks, tuple(x.shape), x.dtype, how, *label, self.phase, self.recomputed)
+
+    @property
+    def transport(self) -> Transport:
+        """What carries messages here: the mesh's own transport, or the graph of the program that is being captured."""
+        assert self.mesh is not None
+        return self.mesh.transport if self.capture is None else self.capture.transport(self.mesh)
 
 
 _OFF: AbstractContextManager[Any] = nullcontext()
@@ -118,7 +128,7 @@ def _no_message(*args: Any) -> Any:
     raise AssertionError("a mesh of one rank sends nothing")
 
 
-_NOBODY = Transport("alone", _no_message, _no_message, _no_message, _no_message, _no_message, _no_message)
+_NOBODY = Transport(_no_message, _no_message)
 _ALONE = Mesh(MeshSizes((), ()), (), _NOBODY)
 
 
@@ -182,7 +192,7 @@ def spmd(
     def inside(*args: Any, **kwargs: Any) -> Any:
         env = _CURRENT.get()
         outer = env.of_all_stages().mesh
-        planned = outer is not None and outer.transport.name == "explain" and known is not None
+        planned = outer is not None and not outer.transport.has_values and known is not None
         with using(env if planned else env.on(known, rules)):
             return fn(*args, **kwargs)
 

@@ -29,8 +29,9 @@ from torch.distributed.distributed_c10d import _set_pg_timeout as set_pg_timeout
 from functitan.errors import CollectiveError, MeshError, report
 from functitan.sharding.agreement import agreement
 from functitan.sharding.mesh import Mesh, MeshSizes, Transport, Wait, infer_sizes, is_seconds, mesh_sizes
+from functitan.sharding.message import Message, Passing
 from functitan.sharding.point_to_point import Line, point_to_point
-from functitan.sharding.program import FIX, describe
+from functitan.sharding.program import FIX
 from functitan.sharding.rules import Dims
 
 TIMEOUT_S = 300.0
@@ -161,47 +162,37 @@ def _timeout(group: dist.ProcessGroup, device_type: str) -> timedelta | None:
 def _transport(group: Callable[[Dims], tuple[str, int, int]], agree: Callable[..., None], exchanges: bool) -> Transport:
     ops, wait = torch.ops._c10d_functional, torch.ops._c10d_functional.wait_tensor
 
-    def run(kind: str, x: Tensor, dims: Dims, note: tuple, send: Callable[..., Tensor], end: Callable = _as_is) -> Wait:
-        program = partial(describe, kind, dims, tuple(x.shape), x.dtype, note)
-        with _failing(program):
-            sent = send(x.contiguous(), *group(dims))
+    def started(message: Message, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The tensor that will come, and what makes the message's result of it."""
+        name, n, me = group(message.mesh_dims)
+        x = x.contiguous()
+        match message.collective, message.how:
+            case "all_gather", _:
+                return ops.all_gather_into_tensor(x.unsqueeze(0), n, name), _as_is
+            case "all_reduce", op:
+                return ops.all_reduce(x, op, name), _as_is
+            case "reduce_scatter", op if not exchanges:
+                return ops.reduce_scatter_tensor(x, op, n, name), _only
+            case ("reduce_scatter" | "all_to_all") as kind, op:
+                total = _as_is if kind == "all_to_all" else _summed if op == "sum" else _largest
+                return ops.all_to_all_single(x, [1] * n, [1] * n, name), total
+            case "permute", Passing() as way:
+                receive, send = way.splits(n, me)
+                rows = x.unsqueeze(0)[: sum(send)]
+                return ops.all_to_all_single(rows, receive, send, name), _only_or_zeros
+        raise AssertionError(message)
+
+    def start(message: Message, x: Tensor) -> Wait:
+        with _failing(message):
+            sent, result = started(message, x)
 
         def arrived() -> Tensor:
-            with _failing(program):
-                return end(wait(sent))
+            with _failing(message):
+                return result(wait(sent))
 
         return arrived
 
-    def exchange(x, name, n, _):
-        return ops.all_to_all_single(x, [1] * n, [1] * n, name)
-
-    def all_gather(x, dims, note):
-        gather = lambda x, name, n, _: ops.all_gather_into_tensor(x, n, name)
-        return run("all_gather", x.unsqueeze(0), dims, note, gather)
-
-    def reduce_scatter(x, dims, op, note):
-        reduce = lambda x, name, n, _: ops.reduce_scatter_tensor(x, op, n, name)
-        if not exchanges:
-            return run("reduce_scatter", x, dims, note, reduce, _only)
-        return run("reduce_scatter", x, dims, note, exchange, lambda y: y.sum(0) if op == "sum" else y.amax(0))
-
-    def all_reduce(x, dims, op, note):
-        return run("all_reduce", x, dims, note, lambda x, name, n, _: ops.all_reduce(x, op, name))
-
-    def all_to_all(x, dims, note):
-        return run("all_to_all", x, dims, note, exchange)
-
-    def permute(x, dims, passing, note):
-        def pass_on(x, name, n, me):
-            receive, send = passing.splits(n, me)
-            return ops.all_to_all_single(x if any(send) else x.new_empty((0, *x.shape[1:])), receive, send, name)
-
-        come = lambda y: _only(y) if len(y) else y.new_zeros(y.shape[1:])
-        return run("permute", x.unsqueeze(0), dims, note, pass_on, come)
-
-    return Transport(
-        "distributed", all_gather, reduce_scatter, all_reduce, all_to_all, permute, agree, group, exchanges
-    )
+    return Transport(start, agree, group=group, exchanges=exchanges)
 
 
 def _meet(start: Callable[[], None], world: int, timeout: float) -> None:
@@ -249,13 +240,25 @@ def _only(x: Tensor) -> Tensor:
     return x.squeeze(0)
 
 
+def _only_or_zeros(x: Tensor) -> Tensor:
+    return _only(x) if len(x) else x.new_zeros(x.shape[1:])
+
+
+def _summed(x: Tensor) -> Tensor:
+    return x.sum(0)
+
+
+def _largest(x: Tensor) -> Tensor:
+    return x.amax(0)
+
+
 @contextmanager
-def _failing(program: Callable[[], str]) -> Iterator[None]:
+def _failing(message: Message) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
         if type(error) is RuntimeError or isinstance(error, dist.DistError):  # not: out of memory, tracing
-            what = f"process {dist.get_rank()} in {program()}"
+            what = f"process {dist.get_rank()} in {message}"
             raise CollectiveError(report(what, [_first_line(error)], _FIX_FAILED)) from error
         raise
 

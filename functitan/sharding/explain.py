@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,9 +25,9 @@ from functitan.sharding.context import Env, as_mesh, current, using
 from functitan.sharding.cut import mark_cut
 from functitan.sharding.layout import Layout, check_leaves, layout_of, local_shape
 from functitan.sharding.ledger import Ledger
-from functitan.sharding.mesh import Mesh, MeshSizes, Transport, mesh_sizes
+from functitan.sharding.mesh import Mesh, MeshSizes, mesh_sizes
 from functitan.sharding.rules import AxisRules, idle_dims
-from functitan.sharding.traced import unsent
+from functitan.sharding.shapes import shapes_only
 
 
 def explain(
@@ -68,7 +67,7 @@ def explain(
     names = [f"argument {path}" for path in tree.paths(args)]
     layouts = check_leaves("ft.explain", zip(names, known, shapes, strict=True), rules, sizes)
     ledger = Ledger(f"one call on {dict(zip(sizes.dims, sizes.sizes, strict=True))}, rank 0")
-    env = Env(ledger=ledger).on(Mesh(sizes, (0,) * len(sizes.dims), shapes_only(sizes)), rules)
+    env = Env(ledger=ledger).on(Mesh(sizes, (0,) * len(sizes.dims), shapes_only()), rules)
     with FakeTensorMode(allow_non_fake_inputs=True):
         shards = [_shard(leaf, layout, sizes, what) for leaf, layout, what in zip(leaves, layouts, names, strict=True)]
         memory = _Memory([x for x in shards if isinstance(x, Tensor)])
@@ -112,16 +111,6 @@ class _Memory(TorchDispatchMode):
     def _leave(self, identity: int, nbytes: int) -> None:
         self.known.discard(identity)
         self.alive -= nbytes
-
-
-def shapes_only(sizes: MeshSizes) -> Transport:
-    """A transport whose collectives send nothing: for fake tensors."""
-
-    kinds = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "permute")
-    sends: dict[str, Any] = {
-        kind: lambda x, dims, *options, kind=kind: partial(unsent, kind, x, sizes.size(dims)) for kind in kinds
-    }
-    return Transport("explain", **sends, agree=lambda program, wait=True, everyone=False: None)
 
 
 def _sizes(mesh: Any) -> MeshSizes:

@@ -8,65 +8,12 @@ pipeline stage, which its sender enters.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-
-FORMULAS = {  # bytes sent by one rank, from the local input's bytes and the number of ranks
-    "all_gather": lambda nbytes, n: (n - 1) * nbytes,
-    "reduce_scatter": lambda nbytes, n: (n - 1) * nbytes // n,
-    "all_reduce": lambda nbytes, n: 2 * (n - 1) * nbytes // n,
-    "all_to_all": lambda nbytes, n: (n - 1) * nbytes // n,
-    "permute": lambda nbytes, n: nbytes if n > 1 else 0,
-    "send": lambda nbytes, n: nbytes,
-}
-
-
-_WIDTH = 72  # of the pattern's column in the table
-
-
-class Entry(NamedTuple):
-    """One collective of one rank."""
-
-    collective: str
-    mesh_dims: tuple[str, ...]
-    bytes: int
-    dtype: torch.dtype
-    phase: str  # "forward", "backward" or "update"
-    recomputed: bool
-    op: str
-    pattern: str
-    hidden: bool = False  # computation that does not wait for it runs while it travels
-
-    @property
-    def name(self) -> str:
-        """What a trace of `ft.profile` calls it; of a hidden one, its start.
-
-        >>> Entry("all_gather", ("fsdp",), 8, torch.float32, "backward", False, "einsum", "a b, b c -> a c").name
-        'all_gather[fsdp] einsum a b, b c -> a c (backward)'
-        """
-        what = f"{self.collective}[{','.join(self.mesh_dims)}]" + (" hidden" if self.hidden else "")
-        return f"{what} {span_name(self.op, self.pattern, self.phase, self.recomputed)}"
-
-    @property
-    def wait(self) -> str:
-        """What a trace calls the wait for a hidden one: what of it is exposed.
-
-        >>> Entry("permute", ("tp",), 8, torch.float32, "forward", False, "einsum", "a b, b c -> a c", True).wait
-        'wait for permute over tp, einsum a b, b c -> a c'
-        """
-        over = ",".join(self.mesh_dims)
-        return f"wait for {self.collective} over {over}, " + span_name(
-            self.op, self.pattern, self.phase, self.recomputed
-        )
-
-
-def span_name(op: str, pattern: str, phase: str, recomputed: bool) -> str:
-    """How a trace calls an op, or what asks for a collective; torch writes plain ASCII alone."""
-    where = ("" if phase == "forward" else f" ({phase})") + (" again" if recomputed else "")
-    return f"{op} {pattern}".strip().encode("ascii", "replace").decode() + where
+from functitan.sharding.message import Message
 
 
 class Ledger:
@@ -74,19 +21,19 @@ class Ledger:
 
     def __init__(self, title: str = "") -> None:
         self.title = title
-        self.entries: list[Entry] = []
+        self.entries: list[Message] = []
         self.argument_bytes: int | None = None
         self.peak_bytes: int | None = None
         self.notes: list[str] = []
         self.patterns: set[tuple[str, ...]] = set()  # every pattern whose layout was asked for
 
-    def __iter__(self) -> Iterator[Entry]:
+    def __iter__(self) -> Iterator[Message]:
         return iter(self.entries)
 
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __getitem__(self, index: int) -> Entry:
+    def __getitem__(self, index: int) -> Message:
         return self.entries[index]
 
     def total_bytes(self, mesh_dim: str | None = None) -> int:
@@ -95,7 +42,7 @@ class Ledger:
 
     def __str__(self) -> str:
         columns = ("phase", "collective", "over", "each", "dtype", "times", "op", "pattern")
-        rows = [columns, *map(_row, _runs(self.entries))]
+        rows = [columns, *_rows(self.entries)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
         right = {3, 5}
         lines = [
@@ -138,24 +85,21 @@ class Taps:
         self.entries: list[Any] = []
 
 
-def _runs(entries: list[Entry]) -> list[tuple[Entry, int]]:
-    """Equal entries of one phase, counted, in the order of their first appearance: layers repeat themselves."""
-    runs = []
+def _rows(entries: list[Message]) -> list[tuple[str, ...]]:
+    """Equal messages of one phase, counted, in the order of their first appearance: layers repeat themselves."""
+    rows = []
     for _, phase in groupby(entries, key=lambda entry: entry.phase):
-        counts: dict[Entry, int] = {}
-        for entry in phase:
-            counts[entry] = counts.get(entry, 0) + 1
-        runs += list(counts.items())
-    return runs
+        counts = Counter((_row(entry), entry.bytes) for entry in phase)
+        rows += [(*row[:5], str(times), *row[5:]) for (row, _), times in counts.items()]
+    return rows
 
 
-def _row(run: tuple[Entry, int]) -> tuple[str, ...]:
-    entry, times = run
+def _row(entry: Message) -> tuple[str, ...]:
     phase = entry.phase + (" (again)" if entry.recomputed else "")
     dtype = str(entry.dtype).removeprefix("torch.")
     dims = "·".join(entry.mesh_dims)
     collective = entry.collective + (" (hidden)" if entry.hidden else "")
-    return phase, collective, dims, _size(entry.bytes), dtype, str(times), entry.op, _short(entry.pattern)
+    return phase, collective, dims, _size(entry.bytes), dtype, entry.op, _short(entry.pattern)
 
 
 def _size(nbytes: int) -> str:
@@ -163,5 +107,5 @@ def _size(nbytes: int) -> str:
     return f"{nbytes / 1024**scale:,.{1 if scale else 0}f} {('B', 'KiB', 'MiB', 'GiB')[scale]}"
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= _WIDTH else text[: _WIDTH - 4] + " ..."
+def _short(text: str, width: int = 72) -> str:
+    return text if len(text) <= width else text[: width - 4] + " ..."

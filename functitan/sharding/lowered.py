@@ -14,10 +14,9 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from functitan.sharding.context import within
-from functitan.sharding.ledger import Entry
 from functitan.sharding.mesh import Mesh
-from functitan.sharding.passing import read_passing
-from functitan.sharding.traced import OWN, Collective, collective_of, emit, entry_of, is_collective, options_of
+from functitan.sharding.message import Message, Passing
+from functitan.sharding.traced import OWN, Sent, emit, is_collective, message_of, sent_by
 
 
 def lower_collectives(graph: GraphModule, meshes: tuple[Mesh, ...], compiled: bool) -> GraphModule:
@@ -31,12 +30,12 @@ def lower_collectives(graph: GraphModule, meshes: tuple[Mesh, ...], compiled: bo
             at = meshes[mesh].index((dim,))
             node.target, node.args = torch.ops.aten.slice.Tensor, (x, axis, at, at + 1)
         if is_collective(node):
-            its, entry = collective_of(node), entry_of(node)
-            mesh = meshes[its.mesh]
+            sent = sent_by(node)._replace(message=message_of(node))
+            mesh = meshes[sent.mesh]
             with graph.graph.inserting_before(node):
-                new = _started(graph.graph, its, mesh) if compiled else _called(graph.graph, its, entry, mesh)
+                new = _started(graph.graph, sent, mesh) if compiled else _called(graph.graph, sent, mesh)
             with graph.graph.inserting_before(_first_user(node)):
-                new = _finished(graph.graph, its, new, mesh) if compiled else _awaited(graph.graph, new, entry)
+                new = _finished(graph.graph, sent, new, mesh) if compiled else _awaited(graph.graph, new, sent.message)
             new.meta.update(node.meta)
             node.replace_all_uses_with(new)
             graph.graph.erase_node(node)
@@ -51,13 +50,13 @@ def _first_user(node: Node) -> Node:
     return after
 
 
-def _called(graph: Graph, its: Collective, entry: Entry, mesh: Mesh) -> Node:
-    start, rest = getattr(mesh.transport, its.kind), (its.mesh_dims, *options_of(its), (its.op, its.pattern))
-    return _call(graph, its.kind, lambda x: within(entry.name, start, x, *rest), its.x)
+def _called(graph: Graph, sent: Sent, mesh: Mesh) -> Node:
+    start, message = mesh.transport.start, sent.message
+    return _call(graph, message.collective, lambda x: within(message.name, start, message, x), sent.x)
 
 
-def _awaited(graph: Graph, sent: Node, entry: Entry) -> Node:
-    return _call(graph, "wait", lambda wait: within(entry.wait, wait), sent)
+def _awaited(graph: Graph, started: Node, message: Message) -> Node:
+    return _call(graph, "wait", lambda wait: within(message.wait, wait), started)
 
 
 def _call(graph: Graph, name: str, run: Callable[..., Any], x: Node) -> Node:
@@ -65,33 +64,36 @@ def _call(graph: Graph, name: str, run: Callable[..., Any], x: Node) -> Node:
     return graph.call_function(run, (x,))
 
 
-def _started(graph: Graph, its: Collective, mesh: Mesh) -> Node:
+def _started(graph: Graph, sent: Sent, mesh: Mesh) -> Node:
     """As `distributed` does it: shapes there and here must agree."""
     assert mesh.transport.group is not None
-    ops = torch.ops._c10d_functional
-    name, n, me = mesh.transport.group(its.mesh_dims)
+    ops, (x, _, message) = torch.ops._c10d_functional, sent
+    name, n, me = mesh.transport.group(message.mesh_dims)
     call = partial(emit, graph)
-    match its.kind:
-        case "all_gather":
-            return call(ops.all_gather_into_tensor.default, call(torch.ops.aten.unsqueeze.default, its.x, 0), n, name)
-        case "reduce_scatter" if not mesh.transport.exchanges:
-            return call(ops.reduce_scatter_tensor.default, its.x, its.detail, n, name)
-        case "all_reduce":
-            return call(ops.all_reduce.default, its.x, its.detail, name)
-        case "reduce_scatter" | "all_to_all":
-            return call(ops.all_to_all_single.default, its.x, [1] * n, [1] * n, name)
-    receive, send = read_passing(its.detail).splits(n, me)
-    sent = call(torch.ops.aten.unsqueeze.default, its.x, 0)
-    sent = sent if any(send) else call(torch.ops.aten.slice.Tensor, sent, 0, 0, 0)
-    return call(ops.all_to_all_single.default, sent, receive, send, name)
+    match message.collective, message.how:
+        case "all_gather", _:
+            return call(ops.all_gather_into_tensor.default, call(torch.ops.aten.unsqueeze.default, x, 0), n, name)
+        case "reduce_scatter", op if not mesh.transport.exchanges:
+            return call(ops.reduce_scatter_tensor.default, x, op, n, name)
+        case "all_reduce", op:
+            return call(ops.all_reduce.default, x, op, name)
+        case "reduce_scatter" | "all_to_all", _:
+            return call(ops.all_to_all_single.default, x, [1] * n, [1] * n, name)
+        case "permute", Passing() as way:
+            receive, send = way.splits(n, me)
+            rows = call(torch.ops.aten.unsqueeze.default, x, 0)
+            rows = rows if any(send) else call(torch.ops.aten.slice.Tensor, rows, 0, 0, 0)
+            return call(ops.all_to_all_single.default, rows, receive, send, name)
+    raise AssertionError(message)
 
 
-def _finished(graph: Graph, its: Collective, sent: Node, mesh: Mesh) -> Node:
-    done = emit(graph, torch.ops._c10d_functional.wait_tensor.default, sent)
-    if its.kind == "reduce_scatter" and mesh.transport.exchanges:
-        reduction = torch.ops.aten.sum.dim_IntList if its.detail == "sum" else torch.ops.aten.amax.default
+def _finished(graph: Graph, sent: Sent, started: Node, mesh: Mesh) -> Node:
+    done, message = emit(graph, torch.ops._c10d_functional.wait_tensor.default, started), sent.message
+    if message.collective == "reduce_scatter" and mesh.transport.exchanges:
+        reduction = torch.ops.aten.sum.dim_IntList if message.how == "sum" else torch.ops.aten.amax.default
         return emit(graph, reduction, done, [0])
-    if its.kind == "permute" and not read_passing(its.detail).reaches(mesh.index(its.mesh_dims)):
-        like = its.x.meta["val"]
+    if isinstance(message.how, Passing) and not message.how.reaches(mesh.index(message.mesh_dims)):
+        like = sent.x.meta["val"]
         return emit(graph, torch.ops.aten.full.default, like.shape, 0, dtype=like.dtype, device=like.device)
-    return emit(graph, torch.ops.aten.squeeze.dim, done, 0) if its.kind in ("reduce_scatter", "permute") else done
+    is_row = message.collective in ("reduce_scatter", "permute")
+    return emit(graph, torch.ops.aten.squeeze.dim, done, 0) if is_row else done

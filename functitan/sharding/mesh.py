@@ -42,31 +42,37 @@ class Pending(NamedTuple):
 
 
 class Transport(NamedTuple):
-    """How one rank's messages travel: pure functions of a tensor and the mesh dims of a group, and a check.
+    """How one rank's messages travel: pure functions of a message and its tensor, a check, and traits.
 
-    Each starts a message and gives the function that waits for its result; what runs between the two hides it. Ranks
-    start the same messages in the same order, and leave `x` as it is until they have waited.
+    `start` sends a message and gives the function that waits for its result; what runs between the two hides it. Ranks
+    start the same messages in the same order, and leave `x` as it is until they have waited. The order of a message's
+    mesh dims is the order of the ranks in the group, outermost first. With n ranks an all-gather gives [n, *x.shape],
+    a reduce-scatter of [n, ...] gives x.shape[1:], and an all-to-all of [n, ...] sends row j to rank j; all others give
+    x.shape.
 
-    The order of the dims is the order of the ranks in the group, outermost first; N is their number. `op` is "sum" or
-    "max"; `note` names op and pattern in errors. `agree` raises `CollectiveError` unless all ranks of this pipeline
-    stage call it with the same text; with `wait=False`, for a rank that fails, it tells the others and returns; with
-    `everyone`, all ranks of all stages call it.
+    `own(x, axis, dim, place)` is this rank's part, of size 1, of an axis with an entry for each place along a mesh dim.
+    `agree` raises `CollectiveError` unless all ranks of this pipeline stage call it with the same text; with
+    `wait=False`, for a rank that fails, it tells the others and returns; with `everyone`, all ranks of all stages call.
 
-    `post` and `receive` are messages between this rank and the one that differs from it in its place along one mesh
+    `post` and `receive` carry messages between this rank and the one that differs from it in its place along one mesh
     dim alone. Neither waits: they give a `Pending`. Messages of a pair arrive in the order they were posted.
     """
 
-    name: str
-    all_gather: Callable[..., Wait]  # (x, dims, note) -> () -> [N, *x.shape]
-    reduce_scatter: Callable[..., Wait]  # (x: [N, ...], dims, op, note) -> () -> x.shape[1:]
-    all_reduce: Callable[..., Wait]  # (x, dims, op, note) -> () -> x.shape
-    all_to_all: Callable[..., Wait]  # (x: [N, ...], dims, note) -> () -> [N, ...]: row j goes to rank j
-    permute: Callable[..., Wait]  # (x, dims, passing, note) -> () -> x of the rank `passing.shift` places before
+    start: Callable[..., Wait]  # (message, x)
     agree: Callable[..., None]  # (program, wait=True, everyone=False)
+    own: Callable[..., Any] = lambda x, axis, dim, place: x.narrow(axis, place, 1)
+    post: Callable[..., Pending] | None = None  # (message, x, to)
+    receive: Callable[..., Pending] | None = None  # (message, device, source)
     group: Callable[..., Any] | None = None  # (dims) -> (its c10d name, number of ranks, this rank's number)
+    # traits
+    has_values: bool = True  # else tensors are shapes alone, and nothing is sent
+    shares_a_process: bool = False  # ranks are threads
     exchanges: bool = False  # a reduce-scatter runs as an all-to-all of the same bytes, and a sum
-    post: Callable[..., Pending] | None = None  # (x, dim, to, note)
-    receive: Callable[..., Pending] | None = None  # (shape, dtype, device, dim, source, note)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether a compiler knows its collectives: torch's functional ones, over groups with names."""
+        return self.group is not None
 
 
 class Mesh(NamedTuple):

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from functitan.sharding.context import Env, within
-from functitan.sharding.ledger import FORMULAS
 from functitan.sharding.mesh import Pending, Transport
-from functitan.sharding.program import describe
-from functitan.sharding.steps import Label
+from functitan.sharding.message import Label, Message
 
 DIM = "pp"
 
@@ -23,15 +21,12 @@ def post(x: Tensor, to: int, env: Env, label: Label) -> Pending:
 
     Nobody may write to the tensor before. It arrives there at the `receive` of the same number from this rank.
     """
-    its = _transport(env).post
+    its, message = _transport(env).post, _message(tuple(x.shape), x.dtype, env, label)
     assert its is not None
-    _agree(f"sends {describe('message', (DIM,), tuple(x.shape), x.dtype, label)}", env)
-    if env.ledger is None and not env.profiled:
-        return its(x, DIM, to, label)
-    entry = env.entry("send", (DIM,), FORMULAS["send"](x.numel() * x.element_size(), 2), x.dtype, *label)
+    _agree(f"sends {message}", env)
     if env.ledger is not None:
-        env.ledger.entries.append(entry)
-    return within(entry.name, its, x, DIM, to, label)
+        env.ledger.entries.append(message)
+    return within(message.name, its, message, x, to) if env.profiled else its(message, x, to)
 
 
 def receive(
@@ -41,14 +36,18 @@ def receive(
 
     Raises `CollectiveError`, which names that rank and the message, if it does not come within the mesh's timeout.
     """
-    its = _transport(env).receive
+    its, message = _transport(env).receive, _message(tuple(shape), dtype, env, label)
     assert its is not None
-    _agree(f"awaits {describe('message', (DIM,), tuple(shape), dtype, label)}", env)
-    pending = its(shape, dtype, device, DIM, source, label)
+    _agree(f"awaits {message}", env)
+    pending = its(message, device, source)
     if not env.profiled:
         return pending
-    name = env.entry("receive", (DIM,), 0, dtype, *label).name
+    name = message._replace(collective="receive").name
     return pending._replace(wait=lambda: within(name, pending.wait))
+
+
+def _message(shape: tuple[int, ...], dtype: torch.dtype, env: Env, label: Label) -> Message:
+    return Message("send", (DIM,), 2, shape, dtype, "", *label, env.phase, env.recomputed)
 
 
 def _transport(env: Env) -> Transport:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from functitan.errors import CollectiveError, report
 from functitan.sharding.mesh import Pending
-from functitan.sharding.program import describe
+from functitan.sharding.message import Message
 
 
 class Line(NamedTuple):
@@ -32,19 +32,17 @@ def point_to_point(line: Callable[[str], Line]) -> tuple[Callable[..., Pending],
     """`Transport`'s `post` and `receive`. `line` makes the groups, when all ranks along a mesh dim first ask for it."""
     line = cache(line)
 
-    def post(x: Tensor, dim: str, to: int, note: tuple) -> Pending:
-        its, x = line(dim), x.contiguous()
+    def post(message: Message, x: Tensor, to: int) -> Pending:
+        its, x = line(*message.mesh_dims), x.contiguous()
         group = its.up if to > its.me else its.down
-        what = f"message to rank {its.members[to]} {describe('send', (dim,), tuple(x.shape), x.dtype, note)}"
+        what = f"{message} to rank {its.members[to]}"
         return _pending(what, x, lambda: dist.isend(x, group=group, group_dst=to))
 
-    def receive(
-        shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, dim: str, source: int, note: tuple
-    ) -> Pending:
-        its = line(dim)
+    def receive(message: Message, device: torch.device, source: int) -> Pending:
+        its = line(*message.mesh_dims)
         group = its.up if source < its.me else its.down
-        x = torch.empty(shape, dtype=dtype, device=device)
-        what = f"message from rank {its.members[source]} {describe('receive', (dim,), tuple(shape), dtype, note)}"
+        x = torch.empty(message.shape, dtype=message.dtype, device=device)
+        what = f"{message} from rank {its.members[source]}"
         return _pending(what, x, lambda: dist.irecv(x, group=group, group_src=source))
 
     return post, receive
@@ -69,7 +67,7 @@ def _clear(what: str, call: Callable[[], dist.Work | bool | None]) -> dist.Work 
         if type(error) is not RuntimeError and not isinstance(error, dist.DistError):  # out of memory
             raise
         line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CollectiveError(report(f"rank {dist.get_rank()} waited for a {what}", [line], _FIX)) from error
+        raise CollectiveError(report(f"rank {dist.get_rank()} waited for the {what}", [line], _FIX)) from error
 
 
 _FIX = "look for a rank that failed, left, or waits elsewhere: all ranks run one schedule"

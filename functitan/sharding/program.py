@@ -8,22 +8,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any
 
 from functitan.errors import report
 from functitan.lines import is_users
-from functitan.sharding.rules import Dims
-
-
-def describe(kind: str, dims: Dims, shape: tuple[int, ...], dtype: Any, note: tuple[str, ...]) -> str:
-    """One collective of a local tensor, and the op and pattern that ask for it.
-
-    >>> import torch
-    >>> describe("all_gather", ("dp", "fsdp"), (2, 3), torch.float32, ("unshard", "batch embed"))
-    "all_gather over dp·fsdp of float32[2, 3] for 'unshard' 'batch embed'"
-    """
-    what = f"{kind} over {'·'.join(dims)} of {str(dtype).removeprefix('torch.')}{list(shape)}"
-    return f"{what} for {' '.join(map(repr, note))}"
 
 
 def user_line() -> str:

@@ -9,28 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
 from functitan.sharding.context import Env
-from functitan.sharding.ledger import FORMULAS, Entry
-from functitan.sharding.mesh import Wait
+from functitan.sharding.message import Label, Message, Passing
 from functitan.sharding.moves import Step, View
-from functitan.sharding.passing import Passing
 from functitan.sharding.precision import narrowed
-from functitan.sharding.program import describe
 from functitan.sharding.rules import Dims
-from functitan.sharding.traced import OWN, collective
-
-
-class Label(NamedTuple):
-    """Which op asks for a collective, and in which pattern: for the ledger and for errors."""
-
-    op: str
-    pattern: str
 
 
 def run_step(
@@ -100,11 +89,9 @@ def _scattered_first(x: Tensor, shape: list[int], step: Step) -> Tensor:
 def _own(sub: Tensor, step: Step, env: Env) -> Tensor:
     """This rank's part of the sub-axes to be scattered: a view."""
     assert env.mesh is not None and step.target is not None
-    for place, dim in zip(_places(step, step.target), step.dims, strict=True):
-        if env.capture is not None:
-            sub = OWN(sub, place, env.capture.place(env.mesh), dim)
-        else:
-            sub = sub.narrow(place, env.mesh.index((dim,)), 1)
+    own = env.transport.own
+    for axis, dim in zip(_places(step, step.target), step.dims, strict=True):
+        sub = own(sub, axis, dim, env.mesh.index((dim,)))
     return sub
 
 
@@ -147,68 +134,50 @@ def reduced(x: Tensor, step: Step, env: Env, label: Label, op: str, dtype: torch
     return send(step.kind, x.to(dtype), step.dims, env, label, op).to(x.dtype)
 
 
-def send(kind: str, x: Tensor, dims: Dims, env: Env, label: Label, *options: Any) -> Tensor:
+def send(kind: str, x: Tensor, dims: Dims, env: Env, label: Label, how: str | Passing = "") -> Tensor:
     """Run one collective over a group of mesh dims, and enter it into the ledger; first agree on it, if checked."""
-    if env.capture is not None:
-        return _captured(kind, x, dims, env, label, *options)
-    entry = _entered(kind, x, dims, env, label, options, hidden=False)
-    with _span(entry and entry.name):
-        return _begun(kind, x, dims, env, label, *options)()
+    sent = _on_wire(x)
+    message = env.message(kind, sent, dims, label, how)
+    _enter(message, env)
+    with record_function(message.name) if env.profiled else _OFF:
+        result = env.transport.start(message, sent)()
+    return torch.view_as_complex(result) if x.is_complex() else result
 
 
-def start(kind: str, x: Tensor, dims: Dims, env: Env, label: Label, *options: Any) -> Callable[[], Tensor]:
+def start(kind: str, x: Tensor, dims: Dims, env: Env, label: Label, how: str | Passing = "") -> Callable[[], Tensor]:
     """Start a collective, as `send` would run it; the function that waits for its result, to be called once.
 
     What is computed between the two hides it: the ledger's entry is `hidden`. Until then `x` stays as it is, and all
     ranks of the group start their collectives in one order. A captured one starts where it stands in the graph, and is
-    waited for where its result is first used. A trace has the entry's name for the start, and its `wait` for the wait.
+    waited for where its result is first used. A trace has the message's `name` for the start, its `wait` for the wait.
     """
-    entry = _entered(kind, x, dims, env, label, options, hidden=True)
-    if env.capture is not None:
-        result = _captured(kind, x, dims, env, label, *options)
-        return lambda: result
-    with _span(entry and entry.name):
-        wait = _begun(kind, x, dims, env, label, *options)
+    sent = _on_wire(x)
+    message = env.message(kind, sent, dims, label, how)._replace(hidden=True)
+    _enter(message, env)
+    with record_function(message.name) if env.profiled else _OFF:
+        wait = env.transport.start(message, sent)
 
     def arrived() -> Tensor:
-        with _span(entry and entry.wait):
-            return wait()
+        with record_function(message.wait) if env.profiled else _OFF:
+            result = wait()
+        return torch.view_as_complex(result) if x.is_complex() else result
 
     return arrived
 
 
 def enter_fused(x: Tensor, dims: Dims, env: Env, label: Label) -> None:
     """Enter a `permute` of `x` that an op sends by itself, beside what it computes."""
-    _entered("permute", x, dims, env, label, (Passing(1),), hidden=True)
+    _enter(env.message("permute", x, dims, label, Passing(1))._replace(hidden=True), env)
 
 
-def _captured(kind: str, x: Tensor, dims: Dims, env: Env, label: Label, *options: Any) -> Tensor:
-    assert env.mesh is not None and env.capture is not None
-    detail, n = str(options[0]) if options else "", env.mesh.sizes.size(dims)
-    place = env.capture.place(env.mesh)
-    sent = collective(_on_wire(x), kind, place, n, " ".join(dims), detail, *label, env.phase, env.recomputed)
-    return torch.view_as_complex(sent) if x.is_complex() else sent
-
-
-def _entered(kind: str, x: Tensor, dims: Dims, env: Env, label: Label, options: tuple, hidden: bool) -> Entry | None:
-    """Enter a collective into the ledger, and agree on it; what a trace should show, where a profile is on."""
+def _enter(message: Message, env: Env) -> None:
+    """Enter a message into the ledger, and let all ranks agree on it, if checked."""
     assert env.mesh is not None
-    entry = None
-    if env.ledger is not None or env.profiled:
-        nbytes = FORMULAS[kind](x.numel() * x.element_size(), env.mesh.sizes.size(dims))
-        entry = env.entry(kind, dims, nbytes, x.dtype, *label)._replace(hidden=hidden)
-        if env.ledger is not None:
-            env.ledger.entries.append(entry)
+    if env.ledger is not None:
+        env.ledger.entries.append(message)
     if env.checked:
-        program = describe("-".join(map(str, (kind, *options))), dims, tuple(x.shape), x.dtype, label)
-        env.mesh.transport.agree(f"runs {program} in {env.phase}" + (f" at {env.line}" if env.line else ""))
-    return entry if env.profiled else None
-
-
-def _begun(kind: str, x: Tensor, dims: Dims, env: Env, label: Label, *options: Any) -> Wait:
-    assert env.mesh is not None
-    wait = getattr(env.mesh.transport, kind)(_on_wire(x), dims, *options, label)
-    return (lambda: torch.view_as_complex(wait())) if x.is_complex() else wait
+        text = f"runs {message.detailed} in {message.phase}"
+        env.mesh.transport.agree(f"{text} at {env.line}" if env.line else text)
 
 
 def _on_wire(x: Tensor) -> Tensor:
@@ -216,5 +185,4 @@ def _on_wire(x: Tensor) -> Tensor:
     return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x.resolve_neg()
 
 
-def _span(name: str | None) -> AbstractContextManager[Any]:
-    return record_function(name) if name else nullcontext()
+_OFF: AbstractContextManager[Any] = nullcontext()

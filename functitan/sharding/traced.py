@@ -1,7 +1,7 @@
 """Collectives in a captured program, and a rank's own part of a whole value: opaque ops that a graph can hold.
 
-Invariant: a captured collective says all that `steps.send` knew when it was traced (kind, mesh, dims, label, phase), so
-passes and ledgers read it from the graph alone. The ops have shapes and no kernels: they never run as they are.
+Invariant: a captured collective holds the whole message that would have been sent, so passes and ledgers read it from
+the graph alone. The ops have shapes and no kernels: they never run as they are.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from torch import Tensor
 from torch.fx import Graph, Node, map_arg
 from torch.fx.node import has_side_effect
 
-from functitan.sharding.ledger import FORMULAS, Entry
-from functitan.sharding.mesh import Mesh
-from functitan.sharding.passing import read_passing
-from functitan.sharding.rules import Dims
+from functitan.sharding.mesh import Mesh, Transport, Wait
+from functitan.sharding.message import Message, Passing
+from functitan.sharding.shapes import shape_of_result
 
 # torch.library.Library and its Meta kernels as graph ops: tried on torch 2.13
 _LIBRARY = torch.library.Library("functitan", "DEF")
 _LIBRARY.define(
-    "collective(Tensor x, str kind, int mesh, int size, str dims, str detail, str op, str pattern, str phase, "
-    "bool recomputed) -> Tensor"
+    "collective(Tensor x, int mesh, str collective, str[] mesh_dims, int ranks, str reduction, int shift, int[]? to, "
+    "str op, str pattern, str phase, bool recomputed) -> Tensor"
 )
 _LIBRARY.define("own(Tensor x, int axis, int mesh, str dim) -> Tensor")
 COLLECTIVE = torch.ops.functitan.collective.default
@@ -46,33 +45,46 @@ class Capture:
         self.recomputations = 0  # so far; the nodes of each are marked with its number
 
     def place(self, mesh: Mesh) -> int:
+        """The number by which the graph names a mesh."""
         if mesh not in self.meshes:
             self.meshes.append(mesh)
         return self.meshes.index(mesh)
 
+    def transport(self, mesh: Mesh) -> Transport:
+        """The transport of a mesh while its program is traced: messages become nodes of the graph."""
+        place = self.place(mesh)
 
-class Collective(NamedTuple):
-    """The arguments of the op, as a graph's node holds them."""
+        def start(message: Message, x: Tensor) -> Wait:
+            result = COLLECTIVE(*Sent(x, place, message).arguments)
+            return lambda: result
+
+        return mesh.transport._replace(start=start, own=lambda x, axis, dim, _: OWN(x, axis, place, dim))
+
+
+class Sent(NamedTuple):
+    """A collective as a graph's node holds it: its tensor, which mesh carries it, and the message."""
 
     x: Any
-    kind: str
     mesh: int
-    size: int
-    dims: str
-    detail: str  # the reduction of a reduce-scatter or all-reduce, a permute's `Passing`
-    op: str
-    pattern: str
-    phase: str
-    recomputed: bool
+    message: Message
 
     @property
-    def mesh_dims(self) -> Dims:
-        return tuple(self.dims.split())
+    def arguments(self) -> tuple[Any, ...]:
+        """What a node is made of. The shape and dtype of a message are those of its tensor."""
+        m = self.message
+        way = m.how if isinstance(m.how, Passing) else Passing(0)
+        op = "" if isinstance(m.how, Passing) else m.how
+        of = m.collective, list(m.mesh_dims), m.ranks, op, way.shift, None if way.to is None else list(way.to)
+        return (self.x, self.mesh, *of, m.op, m.pattern, m.phase, m.recomputed)
 
 
-def collective(x: Tensor, *rest: Any) -> Tensor:
-    """Put a collective into the graph that is being traced: `rest` are the fields of `Collective` after `x`."""
-    return COLLECTIVE(x, *rest)
+def sent_by(node: Node) -> Sent:
+    """The collective that a node stands for."""
+    fields: tuple[Any, ...] = node.args
+    x, mesh, kind, dims, ranks, reduction, shift, to, *asked = fields
+    how = Passing(shift, None if to is None else tuple(to)) if kind == "permute" else reduction
+    value = x.meta["val"]
+    return Sent(x, mesh, Message(kind, tuple(dims), ranks, tuple(value.shape), value.dtype, how, *asked))
 
 
 def emit(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
@@ -91,41 +103,15 @@ def is_uneven(node: Node) -> bool:
 
     What a pass finds out about its values holds on this rank alone, so it must stay as it is on all.
     """
-    return is_collective(node) and collective_of(node).kind == "permute"
+    return is_collective(node) and sent_by(node).message.collective == "permute"
 
 
-def collective_of(node: Node) -> Collective:
-    """The collective that a node stands for."""
-    fields: tuple[Any, ...] = node.args
-    return Collective(*fields)
-
-
-def entry_of(node: Node) -> Entry:
-    """What a captured collective enters into a ledger; hidden where a product stands between it and its first use."""
-    its = collective_of(node)
-    x = its.x.meta["val"]
-    sent = FORMULAS[its.kind](x.numel() * x.element_size(), its.size)
+def message_of(node: Node) -> Message:
+    """The message of a node; hidden where a product stands between it and its first use."""
     after, hidden = node.next, False
     while after not in node.users and after.op != "output" and not hidden:
         hidden, after = _PRODUCT.search(str(after.target)) is not None, after.next
-    of = its.kind, its.mesh_dims, sent, x.dtype, its.phase, its.recomputed, its.op, its.pattern
-    return Entry(*of, hidden)
-
-
-def options_of(its: Collective) -> tuple:
-    """The arguments of the transport's function between dims and label."""
-    if its.kind in ("reduce_scatter", "all_reduce"):
-        return (its.detail,)
-    return (read_passing(its.detail),) if its.kind == "permute" else ()
-
-
-def unsent(kind: str, x: Tensor, size: int) -> Tensor:
-    """An empty result of a collective of `size` ranks, on fake tensors or "meta": its shape, with nothing sent."""
-    if kind == "all_gather":
-        return x.new_empty((size, *x.shape))
-    if kind == "reduce_scatter":
-        return x.new_empty(x.shape[1:])
-    return x.new_empty(x.shape)
+    return sent_by(node).message._replace(hidden=hidden)
 
 
 def _own(x: Tensor, axis: int, mesh: int, dim: str) -> Tensor:
@@ -134,4 +120,4 @@ def _own(x: Tensor, axis: int, mesh: int, dim: str) -> Tensor:
 
 
 _LIBRARY.impl("own", _own, "Meta")
-_LIBRARY.impl("collective", lambda x, kind, mesh, size, *rest: unsent(kind, x, size), "Meta")
+_LIBRARY.impl("collective", lambda x, mesh, kind, dims, ranks, *rest: shape_of_result(kind, x, ranks), "Meta")

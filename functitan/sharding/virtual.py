@@ -18,7 +18,8 @@ import torch
 from functitan.errors import CaptureError, CollectiveError, report
 from functitan.sharding.context import current
 from functitan.sharding.mesh import MeshSizes, Pending, Transport, Wait
-from functitan.sharding.program import describe, disagree, waited
+from functitan.sharding.message import Message, Passing
+from functitan.sharding.program import disagree, waited
 from functitan.sharding.rules import Dims
 
 
@@ -34,7 +35,7 @@ class Table:
         self.results: dict[Any, dict[int, Any]] = {}
         self.posted: dict[tuple[int, int], int] = {}  # how many messages each rank has sent to each
         self.awaited: dict[tuple[int, int], int] = {}  # how many receives each rank has posted from each
-        self.mail: dict[tuple[int, int, int], tuple[tuple, Any]] = {}  # by (from, to, number)
+        self.mail: dict[tuple[int, int, int], tuple[Message, Any]] = {}  # by (from, to, number)
         self.left: set[int] = set()
         self.errors: list[tuple[int, BaseException]] = []
         self.interrupted = False
@@ -75,7 +76,7 @@ class Table:
             there[rank] = (program, x)
             last = len(there) == len(group)
         if last:
-            if len({program for program, _ in there.values()}) > 1:
+            if len({_asked(program) for program, _ in there.values()}) > 1:
                 raise CollectiveError(disagree({r: _does(program) for r, (program, _) in there.items()}))
             results = combine([there[member][1] for member in group])
             with self.condition:
@@ -99,7 +100,7 @@ class Table:
                 del self.results[key]
             return mine
 
-    def post(self, rank: int, to: int, program: tuple, x: torch.Tensor) -> Pending:
+    def post(self, rank: int, to: int, program: Message, x: torch.Tensor) -> Pending:
         with self.condition:
             self._go_on()
             number = self.posted[rank, to] = self.posted.get((rank, to), 0) + 1
@@ -107,7 +108,7 @@ class Table:
             self.condition.notify_all()
         return Pending(lambda: x, lambda: True)
 
-    def receive(self, rank: int, source: int, program: tuple) -> Pending:
+    def receive(self, rank: int, source: int, program: Message) -> Pending:
         number = self.awaited[source, rank] = self.awaited.get((source, rank), 0) + 1
         key = source, rank, number
 
@@ -119,8 +120,8 @@ class Table:
                 if key not in self.mail:
                     raise CollectiveError(_missing(rank, (source,), {}, program, self, done))
                 sent, x = self.mail.pop(key)
-            if sent != program:
-                raise CollectiveError(disagree({source: f"sends {_text(sent)}", rank: f"awaits {_text(program)}"}))
+            if sent.request != program.request:
+                raise CollectiveError(disagree({source: f"sends {sent}", rank: f"awaits {program}"}))
             return x
 
         return Pending(wait, lambda: key in self.mail)
@@ -141,47 +142,40 @@ def transport_of(table: Table, sizes: MeshSizes, coordinate: tuple[int, ...]) ->
             for at in itertools.product(*(range(sizes.sizes[p]) for p in places))
         )
 
-    def meet(kind: str, x: torch.Tensor, dims: Dims, note: tuple, combine: Callable[[list], list]) -> Wait:
-        return table.meet(me, members(dims), (kind, dims, tuple(x.shape), str(x.dtype), *note), x, combine)
-
-    def all_gather(x, dims, note):
-        return meet("all_gather", x, dims, note, lambda xs: [torch.stack(xs) for _ in xs])
-
-    def reduce_scatter(x, dims, op, note):
-        reduce = _REDUCE[op]
-        return meet("reduce_scatter", x, dims, note, lambda xs: [reduce([x[i] for x in xs]) for i in range(len(xs))])
-
-    def all_reduce(x, dims, op, note):
-        def combine(xs):
-            total = _REDUCE[op](xs)
-            return [total, *(total.clone() for _ in xs[1:])]
-
-        return meet("all_reduce", x, dims, note, combine)
-
-    def all_to_all(x, dims, note):
-        return meet("all_to_all", x, dims, note, lambda xs: [torch.stack([x[i] for x in xs]) for i in range(len(xs))])
-
-    def permute(x, dims, passing, note):
-        def combine(xs):
-            come = [xs[(i - passing.shift) % len(xs)] for i in range(len(xs))]
-            return [x.clone() if passing.reaches(i) else torch.zeros_like(x) for i, x in enumerate(come)]
-
-        return meet(f"permute {passing}", x, dims, note, combine)
+    def start(message: Message, x: torch.Tensor) -> Wait:
+        return table.meet(me, members(message.mesh_dims), message, x, functools.partial(_combined, message))
 
     def agree(program, wait=True, everyone=False):
         if wait:  # else it leaves with an error, which the table shows
             dims = tuple(dim for dim in sizes.dims if everyone or dim != "pp")
             table.meet(me, members(dims), program, None, lambda nothing: nothing)()
 
-    def post(x, dim, to, note):
-        return table.post(me, members((dim,))[to], ("message", (dim,), tuple(x.shape), str(x.dtype), *note), x)
+    def post(message: Message, x: torch.Tensor, to: int) -> Pending:
+        return table.post(me, members(message.mesh_dims)[to], message, x)
 
-    def receive(shape, dtype, device, dim, source, note):
-        return table.receive(me, members((dim,))[source], ("message", (dim,), tuple(shape), str(dtype), *note))
+    def receive(message: Message, device: torch.device, source: int) -> Pending:
+        return table.receive(me, members(message.mesh_dims)[source], message)
 
-    return Transport(
-        "virtual", all_gather, reduce_scatter, all_reduce, all_to_all, permute, agree, post=post, receive=receive
-    )
+    return Transport(start, agree, post=post, receive=receive, shares_a_process=True)
+
+
+def _combined(message: Message, xs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Each rank's result of a collective of these tensors, in the order of the ranks."""
+    ranks = range(len(xs))
+    match message.collective, message.how:
+        case "all_gather", _:
+            return [torch.stack(xs) for _ in ranks]
+        case "reduce_scatter", str() as op:
+            return [_REDUCE[op]([x[i] for x in xs]) for i in ranks]
+        case "all_reduce", str() as op:
+            total = _REDUCE[op](xs)
+            return [total, *(total.clone() for _ in xs[1:])]
+        case "all_to_all", _:
+            return [torch.stack([x[i] for x in xs]) for i in ranks]
+        case "permute", Passing() as way:
+            come = (xs[(i - way.shift) % len(xs)] for i in ranks)
+            return [x.clone() if way.reaches(i) else torch.zeros_like(x) for i, x in enumerate(come)]
+    raise AssertionError(message)
 
 
 _REDUCE: dict[str, Callable[[list[torch.Tensor]], torch.Tensor]] = {
@@ -204,14 +198,14 @@ def _missing(rank: int, group: tuple, there: dict, program: Any, table: Table, d
     return waited(rank, _does(program).removeprefix("runs "), why)
 
 
-def _does(program: Any) -> str:
-    """A collective's kind, dims, shape, dtype and note, or what `agree` was told, in words."""
-    return program if isinstance(program, str) else f"runs {_text(program)}"
+def _does(program: Message | str) -> str:
+    """What a rank runs, in words: a message, or what `agree` was told."""
+    return program if isinstance(program, str) else f"runs {program}"
 
 
-def _text(program: tuple) -> str:
-    kind, dims, shape, dtype, *note = program
-    return describe(kind, dims, shape, dtype, tuple(note))
+def _asked(program: Message | str) -> Any:
+    """What the ranks that meet must have alike."""
+    return program if isinstance(program, str) else program.request
 
 
 FIX_CAPTURE = (

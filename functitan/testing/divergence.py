@@ -20,8 +20,9 @@ from functitan.ops.function import Tap
 from functitan.ops.move import shard
 from functitan.sharding.context import current, spmd, using
 from functitan.sharding.layout import Layout, block_of, global_shape
-from functitan.sharding.ledger import Entry, Ledger, Taps
+from functitan.sharding.ledger import Ledger, Taps
 from functitan.sharding.mesh import Mesh
+from functitan.sharding.message import Message
 from functitan.sharding.rules import AxisRules
 from functitan.sharding.simulate import simulate
 from functitan.testing.asserts import bound_of, distance
@@ -41,7 +42,7 @@ class Divergence(NamedTuple):
     result: str
     axis: str | None
     difference: float
-    collectives: tuple[Entry, ...]
+    collectives: tuple[Message, ...]
 
     def __str__(self) -> str:
         sent = ", ".join(f"{e.collective} over {'·'.join(e.mesh_dims)}" for e in self.collectives) or "no collective"
@@ -102,7 +103,7 @@ class _Value(NamedTuple):
     key: _Key
     layout: Layout
     shards: list[tuple[Mesh, Tensor]]  # by rank
-    collectives: tuple[Entry, ...]  # of rank 0
+    collectives: tuple[Message, ...]  # of rank 0
 
 
 def _run(

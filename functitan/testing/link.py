@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+
+from torch import Tensor
 
 from functitan.errors import MeshError, report
-from functitan.sharding.ledger import FORMULAS
-from functitan.sharding.mesh import Mesh, Transport, Wait
+from functitan.sharding.mesh import Mesh, Wait
+from functitan.sharding.message import Message
 
 
 @contextmanager
@@ -35,26 +36,16 @@ def slow_link(mesh: Mesh, bandwidth: float) -> Iterator[Mesh]:
     """
     if not bandwidth > 0:
         raise MeshError(report("slow_link", [f"bandwidth is {bandwidth}"], "give bytes per second, more than 0"))
-    transport = mesh.transport
-    name = transport.name if transport.name == "virtual" else "link"
     with ThreadPoolExecutor(1, "link") as link:
-        delayed = {
-            kind: _delayed(kind, transport, mesh, bandwidth, link) for kind in Transport._fields if kind in FORMULAS
-        }
-        yield mesh._replace(transport=transport._replace(name=name, group=None, **delayed))
+        start = _delayed(mesh.transport.start, bandwidth, link)
+        yield mesh._replace(transport=mesh.transport._replace(start=start, group=None))
 
 
-def _delayed(
-    kind: str, transport: Transport, mesh: Mesh, bandwidth: float, link: ThreadPoolExecutor
-) -> Callable[..., Wait]:
-    begin = getattr(transport, kind)
-
-    def start(x: Any, dims: Any, *rest: Any) -> Wait:
-        seconds = FORMULAS[kind](x.numel() * x.element_size(), mesh.sizes.size(dims)) / bandwidth
-
+def _delayed(begin: Callable[..., Wait], bandwidth: float, link: ThreadPoolExecutor) -> Callable[..., Wait]:
+    def start(message: Message, x: Tensor) -> Wait:
         def carry() -> Wait:
-            time.sleep(seconds)
-            return begin(x, dims, *rest)
+            time.sleep(message.bytes / bandwidth)
+            return begin(message, x)
 
         sent = link.submit(carry)
         return lambda: sent.result()()

@@ -21,9 +21,10 @@ from functitan.ops.function import is_batched
 from functitan.sharding.context import Env, current, using
 from functitan.sharding.cut import refuse_shards
 from functitan.sharding.layout import axes_of, check_rank, layout_of, table_of
+from functitan.sharding.message import Label
 from functitan.sharding.moves import Step
 from functitan.sharding.rules import AxisRules, Dims, idle_dims
-from functitan.sharding.steps import Label, run_step
+from functitan.sharding.steps import run_step
 
 CHUNK = 1 << 18  # elements that are made float64 at once: 2 MiB
 
@@ -56,7 +57,7 @@ def checked(fn: Callable[..., Any]) -> Callable[..., Any]:
         ):  # nothing is sent while a program is traced: what it sends is compared before it runs
             env.capture.compared = True
             return fn(*args, **kwargs)
-        if env.checked or (env.mesh is not None and env.mesh.transport.name == "explain"):
+        if env.checked or (env.mesh is not None and not env.mesh.transport.has_values):
             return fn(*args, **kwargs)
         _warn(env)
         agree = env.mesh.transport.agree if env.mesh is not None else lambda program, wait=True: None
@@ -175,7 +176,7 @@ def differences(groups: list[list[Held]], env: Env) -> dict[str, str]:
 
 def compared_dims(env: Env) -> Dims:
     """The mesh dims over which values are compared: those of several ranks, within a stage of a pipeline."""
-    sizes = env.mesh.shape if env.mesh is not None and env.mesh.transport.name != "explain" else {}
+    sizes = env.mesh.shape if env.mesh is not None and env.mesh.transport.has_values else {}
     return tuple(dim for dim, n in sizes.items() if n > 1 and dim != "pp")
 
 

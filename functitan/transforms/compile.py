@@ -133,7 +133,7 @@ def _made(its: _Call, xs: tuple[Tensor, ...], made_for: tuple[Any, ...]) -> Regi
     flat, result = of_tensors(lambda given: compiled.fn(*given[0], **given[1]), form)
     names = [name for name, x in zip(called, form.leaves, strict=True) if x is TENSOR]
     halves = trace_halves(flat, xs, its.wanted, compiled.name, names)
-    plain = mesh is not None and mesh.transport.name != "distributed"  # threads, and `ft.explain`'s fake tensors
+    plain = mesh is not None and not mesh.transport.compiles  # threads, and `ft.explain`'s fake tensors
     make = lambda program: opaque(run_passes(program, compiled.passes), "graph" if plain else compiled.backend)
     forward, backward = make(halves.forward), None if halves.backward is None else make(halves.backward)
     return Region(made_for, form.leaves, forward, backward, halves, result[0], _draws(halves.forward.graph))

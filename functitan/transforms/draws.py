@@ -68,7 +68,7 @@ def again(run: Callable[[], Any], drawn: Drawn, env: Env, where: str) -> Any:
     """`run()` in the replay of what drew so. Raises `FunctitanError` where it does not draw the same."""
     if not drawn.sources:
         return run()
-    if env.mesh is not None and env.mesh.transport.name == "virtual":
+    if env.mesh is not None and env.mesh.transport.shares_a_process:
         return _undrawn(run, drawn, where)
     with unmoved(drawn.sources):
         for source, (_, state) in zip(drawn.sources, drawn.before, strict=True):

@@ -17,7 +17,8 @@ from functitan.axes import parse_axes
 from functitan.errors import FunctitanError, check_function, nearest, report
 from functitan.sharding.context import Env, current, using
 from functitan.sharding.float8 import FIX_STATE, RECIPES, Delayed, DelayedState, Float8, Matmul
-from functitan.sharding.steps import Label, send
+from functitan.sharding.message import Label
+from functitan.sharding.steps import send
 
 Scales = Sequence[float]  # of the operands that every result shares, of the last operands, of cotangents
 

@@ -131,7 +131,7 @@ def jvp(fn: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any])
 
     mesh = current().mesh
     alone = threading.current_thread() is threading.main_thread()  # a rank of ft.simulate may be outside ft.spmd
-    if not alone or (mesh is not None and mesh.transport.name == "virtual"):
+    if not alone or (mesh is not None and mesh.transport.shares_a_process):
         values, moved = _double_vjp(flat, leaves, directions)
     else:
         values, moved = torch.func.jvp(flat, tuple(leaves), tuple(directions))[:2]

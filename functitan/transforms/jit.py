@@ -24,7 +24,7 @@ from functitan.errors import CaptureError, report
 from functitan.ops.autocast import FIX_AUTOCAST, autocast_is_on
 from functitan.ops.function import transforms_active
 from functitan.sharding.context import Env, current, within
-from functitan.sharding.ledger import Entry
+from functitan.sharding.message import Message
 from functitan.transforms.donate import check_donated, give_back, take
 from functitan.transforms.flat import Form, join, of_tensors, split
 from functitan.transforms.float8 import FIX_DELAYED, outside
@@ -119,7 +119,7 @@ class Jitted:
 class _Compiled(NamedTuple):
     program: Program
     run: Callable[[list[Tensor]], list[Any]]
-    entries: list[Entry]
+    entries: list[Message]
     # what it was made for
     structure: Any
     places: tuple[int, ...]  # of the tensors among the leaves

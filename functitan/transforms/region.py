@@ -23,9 +23,9 @@ from functitan.ops.function import Call, current_level, has_derivative, is_diffe
 from functitan.sharding.collectives import refuse_forward_mode
 from functitan.sharding.context import Env, current, using
 from functitan.sharding.cut import carry_cut
-from functitan.sharding.explain import shapes_only
 from functitan.sharding.ledger import Ledger
 from functitan.sharding.memo import Kept, Memo
+from functitan.sharding.shapes import shapes_only
 from functitan.transforms.draws import Source, again, first_time, unmoved
 from functitan.transforms.remat_policies import Budget, Made, Names, Policy, check_names, made, nothing_saveable
 
@@ -273,7 +273,7 @@ def _dry_run(region: Region, tensors: Tensors) -> list[Made]:
     ledger, calls = Ledger(), []
     mesh = current().mesh
     if mesh is not None:
-        mesh = mesh._replace(transport=shapes_only(mesh.sizes))
+        mesh = mesh._replace(transport=shapes_only())
 
     def note(its: Made) -> bool:
         calls.append(its._replace(sent=ledger.total_bytes()))

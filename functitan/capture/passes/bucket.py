@@ -15,7 +15,7 @@ from torch.fx import Graph, Node
 
 from functitan.capture.passes.order import Places, alike, last_use, needed_before, places, used_before
 from functitan.capture.trace import Program
-from functitan.sharding.traced import COLLECTIVE, Collective, collective_of, emit, is_collective
+from functitan.sharding.traced import COLLECTIVE, Sent, emit, is_collective, sent_by
 
 BLOCK = 512 << 20  # bytes of the whole tensors in a bucket, where blocks repeat
 LOOSE = 25 << 20  # where nothing repeats that could tell what is used together
@@ -32,7 +32,7 @@ def bucket_collectives(program: Program, block: int = BLOCK, loose: int = LOOSE)
     """
     graph = program.graph.graph
     for group in alike(graph):
-        kind = collective_of(group[0]).kind
+        kind = sent_by(group[0]).message.collective
         if kind not in ("all_gather", "reduce_scatter", "all_reduce"):
             continue
         at = places(graph)
@@ -47,9 +47,9 @@ def bucket_collectives(program: Program, block: int = BLOCK, loose: int = LOOSE)
 
 def _lasting(group: list[Node], at: Places) -> set[Node]:
     """Gathers that a later phase uses too, as of norm scales: they would keep a whole bucket alive until then."""
-    phase = collective_of(group[-1]).phase
+    phase = sent_by(group[-1]).message.phase
     end = next(
-        (at[x] for x in at if at[x] > at[group[-1]] and is_collective(x) and collective_of(x).phase != phase), None
+        (at[x] for x in at if at[x] > at[group[-1]] and is_collective(x) and sent_by(x).message.phase != phase), None
     )
     return {node for node in group if end is not None and last_use(node, at) > end}
 
@@ -78,7 +78,7 @@ def period(keys: list) -> tuple[int, int, int] | None:
 
 def _blocks(group: list[Node], block: int, loose: int) -> Iterable[tuple[list[Node], int]]:
     """Runs of collectives that may share a bucket, with the most bytes of one."""
-    found = period([(tuple(its.x.meta["val"].shape), its.op, its.pattern) for its in map(collective_of, group)])
+    found = period([(m.shape, m.op, m.pattern) for m in (sent_by(node).message for node in group)])
     if found is None:
         yield group, loose
         return
@@ -93,9 +93,9 @@ def _buckets(run: list[Node], cap: int, at: Places, early: bool) -> Iterable[lis
     bucket: list[Node] = []
     total = 0
     for node in run:
-        size = _whole(collective_of(node))
+        size = _whole(node)
         if early:
-            fits = not bucket or needed_before(collective_of(node).x, at[bucket[0]], at) is not None
+            fits = not bucket or needed_before(sent_by(node).x, at[bucket[0]], at) is not None
         else:
             fits = all(used_before(member, at[node], at) is not None for member in bucket)
         if bucket and (total + size > cap or not fits):
@@ -106,19 +106,21 @@ def _buckets(run: list[Node], cap: int, at: Places, early: bool) -> Iterable[lis
     yield bucket
 
 
-def _whole(its: Collective) -> int:
-    x = its.x.meta["val"]
-    return x.numel() * x.element_size() * (its.size if its.kind == "all_gather" else 1)
+def _whole(node: Node) -> int:
+    """The bytes of the whole tensor of a collective."""
+    x, _, message = sent_by(node)
+    value = x.meta["val"]
+    return value.numel() * value.element_size() * (message.ranks if message.collective == "all_gather" else 1)
 
 
 def _gather(graph: Graph, bucket: list[Node], at: Places) -> None:
     """Gather the shards laid end to end; each is taken out where it was gathered before, and lives as long."""
     first = bucket[0]
-    moved = {needed: None for node in bucket for needed in needed_before(collective_of(node).x, at[first], at) or ()}
+    moved = {needed: None for node in bucket for needed in needed_before(sent_by(node).x, at[first], at) or ()}
     for needed in sorted(moved, key=at.__getitem__):
         first.prepend(needed)
     with graph.inserting_before(first):
-        flat = [emit(graph, aten.reshape.default, collective_of(node).x, [-1]) for node in bucket]
+        flat = [emit(graph, aten.reshape.default, sent_by(node).x, [-1]) for node in bucket]
         whole = _send(graph, emit(graph, aten.cat.default, flat), bucket)
     _take_out(graph, whole, bucket, 1)
 
@@ -127,9 +129,9 @@ def _reduce(graph: Graph, bucket: list[Node], at: Places) -> None:
     """Reduce what is laid end to end, when the last of it is known."""
     last = bucket[-1]
     moved = {user: None for node in bucket for user in used_before(node, at[last], at) or ()}
-    lead = 1 if collective_of(last).kind == "reduce_scatter" else 0
+    lead = 1 if sent_by(last).message.collective == "reduce_scatter" else 0
     with graph.inserting_before(last):
-        xs = [collective_of(node).x for node in bucket]
+        xs = [sent_by(node).x for node in bucket]
         flat = [emit(graph, aten.reshape.default, x, [*x.meta["val"].shape[:lead], -1]) for x in xs]
         whole = _send(graph, emit(graph, aten.cat.default, flat, lead), bucket)
     for node in bucket[:-1]:
@@ -140,9 +142,11 @@ def _reduce(graph: Graph, bucket: list[Node], at: Places) -> None:
 
 
 def _send(graph: Graph, x: Node, bucket: list[Node]) -> Node:
-    members = [collective_of(node) for node in bucket]
-    patterns = "; ".join(dict.fromkeys(f"{its.op} {its.pattern}".strip() for its in members))
-    return emit(graph, COLLECTIVE, *members[0]._replace(x=x, op="bucket", pattern=f"of {len(bucket)}: {patterns}"))
+    _, mesh, first = sent_by(bucket[0])
+    members = (sent_by(node).message for node in bucket)
+    patterns = "; ".join(dict.fromkeys(f"{m.op} {m.pattern}".strip() for m in members))
+    message = first._replace(op="bucket", pattern=f"of {len(bucket)}: {patterns}")
+    return emit(graph, COLLECTIVE, *Sent(x, mesh, message).arguments)
 
 
 def _take_out(graph: Graph, whole: Node, bucket: list[Node], axis: int) -> None:

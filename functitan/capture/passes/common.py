@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from functitan.capture.trace import Program
-from functitan.sharding.traced import collective_of, is_collective, is_uneven
+from functitan.sharding.traced import is_collective, is_uneven, sent_by
 
 
 def merge_equal(program: Program) -> Program:
@@ -33,9 +33,11 @@ def merge_equal(program: Program) -> Program:
 def _key(node: Node) -> tuple[Any, ...]:
     args, again = node.args, node.meta.get("custom", {}).get("recomputation")
     if is_collective(node):  # which op asked does not matter
-        args = collective_of(node)._replace(op="", pattern="")
+        sent = sent_by(node)
+        message = sent.message._replace(op="", pattern="")
         if again is not None:  # the regather of a backward may be that of its recomputation
-            args = args._replace(recomputed=True)
+            message = message._replace(recomputed=True)
+        args = sent._replace(message=message)
     return node.target, again, repr((tuple(args), sorted(node.kwargs.items())))  # a node is written as its name
 
 

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from functitan.capture.passes.common import merge_equal
 from functitan.capture.trace import Program
-from functitan.sharding.traced import collective_of, is_collective
+from functitan.sharding.traced import is_collective, sent_by
 
 
 def keep_gathered(program: Program) -> Program:
     """The program with one gather for each shard, whatever the phase; best after `merge_equal`."""
     graph, seen = program.graph.graph, {}
     for node in list(graph.nodes):
-        if is_collective(node) and (its := collective_of(node)).kind == "all_gather":
-            first = seen.setdefault((its.x, its.mesh, its.dims), node)
+        if is_collective(node) and (sent := sent_by(node)).message.collective == "all_gather":
+            first = seen.setdefault((sent.x, sent.mesh, sent.message.mesh_dims), node)
             if first is not node:
                 node.replace_all_uses_with(first)
                 graph.erase_node(node)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from functitan.sharding.traced import collective_of, is_collective
+from functitan.sharding.traced import is_collective, sent_by
 
 Places = dict[Node, int]
 
@@ -30,20 +30,11 @@ def alike(graph: Graph) -> list[list[Node]]:
     stretch, before = 0, ""
     for node in graph.nodes:
         if is_collective(node):
-            its = collective_of(node)
-            stretch += before != its.phase and not its.recomputed
-            before = before if its.recomputed else its.phase
-            key = (
-                its.kind,
-                its.mesh,
-                its.dims,
-                its.detail,
-                its.x.meta["val"].dtype,
-                its.phase,
-                its.recomputed,
-                stretch,
-            )
-            groups.setdefault(key, []).append(node)
+            _, mesh, message = sent_by(node)
+            stretch += before != message.phase and not message.recomputed
+            before = before if message.recomputed else message.phase
+            kind = message._replace(shape=(), op="", pattern="")
+            groups.setdefault((kind, mesh, stretch), []).append(node)
     return list(groups.values())
 
 

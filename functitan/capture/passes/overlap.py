@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 
 from functitan.capture.passes.order import Places, alike, moves, needed_before, places
 from functitan.capture.trace import Program
-from functitan.sharding.traced import collective_of
+from functitan.sharding.traced import sent_by
 
 
 def overlap(program: Program) -> Program:
@@ -22,7 +22,7 @@ def overlap(program: Program) -> Program:
     """
     graph = program.graph.graph
     for group in alike(graph):
-        kind = collective_of(group[0]).kind
+        kind = sent_by(group[0]).message.collective
         if kind == "all_gather":
             _start_early(group, places(graph))
         elif kind in ("reduce_scatter", "all_reduce"):
@@ -32,7 +32,7 @@ def overlap(program: Program) -> Program:
 
 def _start_early(group: list[Node], at: Places) -> None:
     for before, node in reversed(list(pairwise(group))):  # the last first: `before` still in place
-        needed = needed_before(collective_of(node).x, at[before], at)
+        needed = needed_before(sent_by(node).x, at[before], at)
         if needed is not None:
             for other in needed:
                 before.prepend(other)

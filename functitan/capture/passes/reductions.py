@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 
 from functitan.capture.passes.order import alike, moves
 from functitan.capture.trace import Program
-from functitan.sharding.traced import COLLECTIVE, collective_of, emit, is_collective
+from functitan.sharding.traced import COLLECTIVE, emit, is_collective, sent_by
 
 aten = torch.ops.aten
 
@@ -26,12 +26,12 @@ def merge_reductions(program: Program) -> Program:
         left, right = (reduction_of(x) for x in node.args)
         if left is None or right is None or left[1] != right[1] or groups[left[0]] != groups[right[0]]:
             continue
-        first, second = collective_of(left[0]), collective_of(right[0])
+        first, second = sent_by(left[0]), sent_by(right[0])
         if first.x.meta["val"].shape != second.x.meta["val"].shape:
             continue
         with graph.inserting_before(node):
             total = emit(graph, aten.add.Tensor, first.x, second.x)
-            new = emit(graph, COLLECTIVE, *first._replace(x=total))
+            new = emit(graph, COLLECTIVE, *first._replace(x=total).arguments)
             groups[new] = groups[left[0]]
             new = viewed(graph, new, left[1])
         node.replace_all_uses_with(new)
@@ -60,12 +60,9 @@ def reduction_of(x: object) -> tuple[Node, tuple] | None:
     views = []
     while isinstance(x, Node) and len(x.users) == 1:
         if is_collective(x):
-            its = collective_of(x)
-            return (
-                (x, tuple(views[::-1]))
-                if its.kind in ("reduce_scatter", "all_reduce") and its.detail == "sum"
-                else None
-            )
+            message = sent_by(x).message
+            sums = message.collective in ("reduce_scatter", "all_reduce") and message.how == "sum"
+            return (x, tuple(views[::-1])) if sums else None
         if not moves(x) or not (x.target.is_view or x.target is aten.clone.default):  # type: ignore[union-attr]
             return None
         views.append((x.target, x.args[1:], tuple(x.kwargs.items())))

@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from functitan.capture.passes.reductions import erase, reduction_of, viewed
 from functitan.capture.trace import Program
-from functitan.sharding.traced import COLLECTIVE, OWN, collective_of, emit
+from functitan.sharding.traced import COLLECTIVE, OWN, Sent, emit, sent_by
 
 aten = torch.ops.aten
 
@@ -26,26 +26,27 @@ def scatter_reductions(program: Program) -> Program:
             continue
         parts = _parts(node)
         found = reduction_of(parts[0].args[0])
-        if found is None or collective_of(found[0]).kind != "all_reduce":
+        if found is None or sent_by(found[0]).message.collective != "all_reduce":
             continue
-        its, place = collective_of(found[0]), cast(int, node.args[2])
+        (summed, mesh, message), place = sent_by(found[0]), cast(int, node.args[2])
         sizes = program.meshes[place].sizes
         dims = tuple(str(part.args[3]) for part in parts)
-        rest = tuple(dim for dim in its.mesh_dims if dim not in dims)
-        if its.mesh != place or not set(dims) <= {*its.mesh_dims}:
+        rest = tuple(dim for dim in message.mesh_dims if dim not in dims)
+        if mesh != place or not set(dims) <= {*message.mesh_dims}:
             continue
         axes = [cast(int, part.args[1]) for part in parts]
         with graph.inserting_before(node):
-            x = viewed(graph, its.x, found[1])  # views commute with a reduction
+            x = viewed(graph, summed, found[1])  # views commute with a reduction
             shape = list(x.meta["val"].shape)
             others = [axis for axis in range(len(shape)) if axis not in axes]
             x = emit(graph, aten.permute.default, x, [*axes, *others])
             lead = prod(shape[axis] for axis in axes)
             x = emit(graph, aten.reshape.default, x, [lead, *(shape[axis] for axis in others)])
-            new = its._replace(x=x, kind="reduce_scatter", size=sizes.size(dims), dims=" ".join(dims))
-            x = emit(graph, COLLECTIVE, *new)
+            scatter = message._replace(collective="reduce_scatter", ranks=sizes.size(dims), mesh_dims=dims)
+            x = emit(graph, COLLECTIVE, *Sent(x, mesh, scatter).arguments)
             if rest:
-                x = emit(graph, COLLECTIVE, *its._replace(x=x, size=sizes.size(rest), dims=" ".join(rest)))
+                message = message._replace(ranks=sizes.size(rest), mesh_dims=rest)
+                x = emit(graph, COLLECTIVE, *Sent(x, mesh, message).arguments)
             x = emit(graph, aten.reshape.default, x, list(node.meta["val"].shape))
         node.replace_all_uses_with(x)
         erase(graph, node)

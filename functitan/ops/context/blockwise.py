@@ -26,9 +26,10 @@ from functitan.ops.contraction import lift
 from functitan.ops.function import Call, Hidden, Op, apply, hidden_axes
 from functitan.ops.types import Type, check_cotangents
 from functitan.sharding.context import Env
+from functitan.sharding.message import Label
 from functitan.sharding.rules import Dims
 from functitan.sharding.sequence import Runs, positions_of
-from functitan.sharding.steps import Label, start
+from functitan.sharding.steps import start
 
 
 class Types(NamedTuple):

@@ -27,9 +27,9 @@ from functitan.sharding.context import Env
 from functitan.sharding.contraction import Contraction, Term
 from functitan.sharding.layout import Layout
 from functitan.sharding.mesh import Mesh
+from functitan.sharding.message import Label
 from functitan.sharding.rules import Dims
 from functitan.sharding.sequence import Run, Runs, positions_of
-from functitan.sharding.steps import Label
 
 _REPLICA = "_replica"
 
@@ -259,7 +259,7 @@ def _check_positions(asked: Asked, env: Env) -> None:
     if given is None or asked.marks.segments is not None or env.sequence.ranks(axes[-1], env.mesh.sizes) == 1:
         return
     values, dims = peeled(given), layout_here(axes, given, env).of(axes[-1])
-    if type(values) is not Tensor or values.device.type != "cpu" or env.mesh.transport.name == "explain":
+    if type(values) is not Tensor or values.device.type != "cpu" or not env.mesh.transport.has_values:
         return
     slots = torch.arange(given.shape[-1]) + env.mesh.index(dims) * given.shape[-1]
     held = positions_of(env.sequence.held(axes[-1], given.shape[-1], dims, env.mesh))

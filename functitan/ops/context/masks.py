@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from functitan.errors import PatternError, report
 from functitan.ops.function import peeled
+from functitan.sharding.message import Label
 from functitan.sharding.sequence import Runs, positions_of
-from functitan.sharding.steps import Label
 
 
 class Rule(NamedTuple):

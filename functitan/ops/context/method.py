@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from functitan.errors import LayoutError, report
 from functitan.sharding.mesh import MeshSizes
+from functitan.sharding.message import Label
 from functitan.sharding.rules import Dims
 from functitan.sharding.sequence import Sequence
-from functitan.sharding.steps import Label
 
 LATENCY = 1 << 20  # bytes that one more collective is worth
 

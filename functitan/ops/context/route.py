@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from functitan.ops.context.tiles import meet
-from functitan.sharding.passing import Passing
+from functitan.sharding.message import Passing
 from functitan.sharding.sequence import runs
 
 
