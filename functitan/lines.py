@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-
-import torch
+from importlib.util import find_spec
 
 _HERE = os.path.dirname(__file__)
-_LIBRARIES = tuple(os.path.join(path, "") for path in (_HERE, os.path.dirname(torch.__file__)))
+_TORCH = find_spec("torch")  # which imports nothing: a planner without tensors needs no torch
+_LIBRARIES = tuple(os.path.join(path, "") for path in (_HERE, *((_TORCH and _TORCH.submodule_search_locations) or ())))
 
 
 def is_users(file: str) -> bool:

@@ -24,6 +24,7 @@ TRANSPOSES = {  # functions of ops and collectives whose steps are those of a tr
 # what communicates: a module's private functions that call these do as well
 SENDERS = {"send", "contract", "meet", "run", "run_step"}
 STARTERS = {"start"}  # these give what waits for the tensor that comes
+TO_GROUPS = {"group", "members"}  # of a transport: which ranks a message goes to
 PUBLIC = {"reduce", "broadcast", "constrain", "constrain_like", "where_whole", "reduced"}
 REPLICATES = {"spread", "merge", "merge_scalars"}
 PUBLIC |= REPLICATES | {"move", "lift", "reshard"}
@@ -94,6 +95,7 @@ def _changes(module: str, tree: ast.Module) -> Iterator[tuple[str, Change]]:
                 *(_steps_of(node) if rules else ()),
                 *(_signs_of(node) if rules == 2 else ()),
             ]
+            changes += _torchs_of(node) if module == "sharding.distributed" else []
             changes += _places_of(node) if module.startswith(("ops.", "nn.", "transforms.")) else []
             yield from ((name, change) for change in changes)
 
@@ -190,19 +192,28 @@ def _signs_of(node: ast.AST) -> Iterator[Change]:
 
 def _sends_of(node: ast.AST, tree: ast.AST) -> Iterator[Change]:
     """Each call that communicates: left out, another collective or reduction, other mesh dims."""
-    if isinstance(node, ast.Call) and (name := _name(node)) in _senders(tree) | STARTERS | {"Step", "scatter"}:
-        if name not in ("Step", "scatter") and (given := _tensor(node, tree)) is not None:
+    if isinstance(node, ast.Call) and (name := _name(node)) in _senders(tree) | STARTERS | TO_GROUPS | {
+        "Step",
+        "scatter",
+    }:
+        if name not in TO_GROUPS | {"Step", "scatter"} and (given := _tensor(node, tree)) is not None:
             yield Change(node, f"lambda: {ast.unparse(given)}" if name in STARTERS else ast.unparse(given))
         for part in (*node.args, *(keyword.value for keyword in node.keywords)):
             if isinstance(part, ast.Constant) and part.value in OTHER and name not in ("meet", "run"):  # there, a note
                 yield Change(part, repr(OTHER[part.value]))
-            if ast.unparse(part).split(".")[-1] == "dims":
+            if ast.unparse(part).split(".")[-1] in ("dims", "mesh_dims"):
                 yield Change(part, f"{ast.unparse(part)}[:-1]")
                 free = name in REPLICATES or any(ast.unparse(x) == "'all_reduce'" for x in node.args)
                 if not free:
                     yield Change(
                         part, f"{ast.unparse(part)}[::-1]"
                     )  # (the order of an all-reduce's ranks, or of replicas, is free)
+
+
+def _torchs_of(node: ast.AST) -> Iterator[Change]:
+    """Each of torch's own collectives left out."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) == "ops":
+        yield Change(node, ast.unparse(node.args[0]))
 
 
 def _places_of(node: ast.AST) -> Iterator[Change]:

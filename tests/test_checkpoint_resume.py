@@ -42,7 +42,7 @@ def loss(params, batch, key):
     x = ft.dropout("batch seq embed", x, key, 0.1)
     logits = ft.einsum("batch seq embed, embed vocab -> batch seq vocab", x, params["out"])
     losses = ft.cross_entropy("batch seq vocab, batch seq", logits, batch["labels"] % 128)
-    return ft.reduce("batch seq ->", losses), 4 * 8
+    return ft.reduce("batch seq ->", losses), ft.count("batch seq", losses)
 
 
 STEP = ft.train_step(loss, TX, check=False)

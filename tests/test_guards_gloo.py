@@ -221,7 +221,7 @@ TEXTS = {  # the errors of rank 0 and of rank 1, and the seconds that they may t
             (
                 "CollectiveError",
                 report(
-                    "process 1 in all_gather over fsdp of float32[1, 2] for 'constrain' 'batch -> seq'",
+                    "process 1 in all_gather over fsdp of float32[2] for 'constrain' 'batch -> seq'",
                     ["..."],
                     ELSEWHERE,
                 ),

@@ -24,7 +24,7 @@ def test_collectives_transposes_and_rule_steps_have_mutants():
     for part in (
         'steps.run_step: send("all_gather", x, step.dims, env, label) -> x',  # a collective is removed
         "steps.run_step: \"all_to_all\" -> 'all_gather'",  # swapped
-        "distributed._transport.all_to_all: dims -> dims[::-1]",  # retargeted
+        "distributed._transport.started: message.mesh_dims -> message.mesh_dims[::-1]",  # retargeted
         "collectives._Linear.transpose: -shift -> shift",  # a transpose
         "layout.layout_of: mesh.size(dim) > 1 and dim not in taken -> (mesh.size(dim) > 1)",  # a rule step
     ):

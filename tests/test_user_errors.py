@@ -20,7 +20,7 @@ TABLE = {
     if name != "given"
     for what, mistake in importlib.import_module(f"user_errors.{name}").MISTAKES.items()
 }
-SECONDS = 1.0  # a hang ends much later; the first use of a torch op, and a busy machine, take less
+SECONDS = 4.0  # a hang ends after minutes; the first read of a file, on a busy machine, has taken 1.1 s
 
 
 class Allocations(TorchDispatchMode):

@@ -74,8 +74,16 @@ def test_ranks_that_would_meet_while_one_traces_get_an_error_at_once(name):
 # --- ft.simulate ----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def interruptible():
+    """A process that a shell starts in the background ignores the signal of Ctrl-C, and so do its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("how", ["collectives", "collectives of one rank", "no collective"])
-def test_no_rank_runs_after_an_interrupt(how):
+def test_no_rank_runs_after_an_interrupt(how, interruptible):
     assert threading.current_thread() is threading.main_thread()
     steps = [0, 0]
 
