@@ -105,7 +105,7 @@ SAME: dict[str, str] = {
         f"sharding.virtual.transport_of.{end}: message.mesh_dims -> message.mesh_dims[::-1]": "it is over pp alone"
         for end in ("post", "receive")
     },
-    "sharding.distributed._transport.started: ops.reduce_scatter_tensor(x, op, n, name) -> x": "gloo has none: on a GPU",
+    "sharding.distributed._transport.started: ops.reduce_scatter_tensor(x, op, n, name) -> x": "gloo has none",
     "sharding.message.Passing.splits: (me - self.shift) % n -> me - self.shift": "a list counts from its end, too",
     "pipeline.gradients.value_and_grad.gradients: dims -> dims[::-1]": "the order of replicas is free",
 }
