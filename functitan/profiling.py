@@ -1,7 +1,7 @@
 """`ft.profile`: a chrome trace in which ops, collectives and phases have the names that the program gave them.
 
-Invariant: a profile changes no result and captures nothing anew. What it adds to a program that is not profiled is one
-look at a field of `Env` for each span.
+Invariant: a profile changes no result and captures nothing anew. It is in the hooks of `Env.around`: a
+program that is not profiled pays nothing for it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,9 @@ from torch.profiler import ProfilerActivity, record_function
 from functitan.breakdown import Breakdown, Interval, Span, breakdown
 from functitan.errors import FunctitanError, report
 from functitan.reading import parsed_json
+from functitan.sharding.around import Around
 from functitan.sharding.context import current, using
+from functitan.sharding.message import Message
 
 
 class Profile:
@@ -95,7 +97,7 @@ def profile(path: str | Path, *, steps: int = 1) -> Iterator[Profile]:
         cuda = torch.cuda.is_available()
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
         every = _ExperimentalConfig(profile_all_threads=True)
-        env = current()._replace(profiled=True)
+        env = current().inside(_NAMING)
         inner = torch.profiler.profile(activities=activities, experimental_config=every)
         with inner, record_function(_WINDOW), using(env):
             yield found
@@ -139,6 +141,30 @@ def _span(event: dict[str, Any], start: float) -> Span:
     return Span(event["name"], first, first + event["dur"] * 1e-6, event["cat"])
 
 
+def _named(message: Message, env: Any, start: Callable[[], Any]) -> Any:
+    """Name the span of a message; of one that travels hidden, its start and its wait; of a receive, the wait."""
+    if message.collective == "receive":
+        pending = start()
+        return pending._replace(wait=_spanned(message.name, pending.wait))
+    with record_function(message.name):
+        found = start()
+        if message.collective == "send" or found is None:
+            return found
+        if not message.hidden:
+            result = found()
+            return lambda: result
+    return _spanned(message.wait, found)
+
+
+def _spanned(name: str, wait: Callable[[], Any]) -> Callable[[], Any]:
+    def waits() -> Any:
+        with record_function(name):
+            return wait()
+
+    return waits
+
+
+_NAMING = Around(None, message=_named, span=record_function)
 _WINDOW = "ft.profile"
 _ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset", "gpu_user_annotation")
 _ONE_AT_A_TIME = threading.Lock()  # a second profiler ends the process (torch 2.13)

@@ -33,7 +33,9 @@ from functitan.param import Param
 from functitan.reached import Part, with_gradients_of
 from functitan.sharding.context import current, spmd, using, within
 from functitan.sharding.mesh import Mesh
+from functitan.sharding.program import Checks
 from functitan.sharding.rules import AxisRules
+from functitan.sharding.traced import Capture
 from functitan.state import TrainState, declared_state
 from functitan.transforms.accumulate import accumulated
 from functitan.transforms.beside import check_ways, part_of
@@ -142,7 +144,7 @@ def train_step(
     with_gradients(None, None)  # so that a bad number is named here
 
     def run(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
-        if current().checked:
+        if current().find(Checks) is not None:
             check_batch(batch, batch_patterns)
         key = random.fold_in(state.key, state.step)
         patterns = tree.map(_pattern_of, state.declarations)
@@ -155,7 +157,7 @@ def train_step(
         part = with_gradients_of(tx, state, grads, parts)
         old = part.params_of(state.params, grads), part.of(state.opt_state)
         loss = loss if scale is None else loss / scale
-        if current().checked:
+        if current().find(Checks) is not None:
             of_grads = held_in(grads, patterns, "gradients", gradients)
             check_step(_held(state, tx), loss, count, aux, of_grads)
 
@@ -186,7 +188,7 @@ def train_step(
             if donate:
                 raise FunctitanError(report("ft.train_step", [_OVERWRITES], "make the step with donate=False"))
             env = env._replace(differentiated=env.differentiated or not transforms_active())
-        outer, capture = env.mesh, env.capture
+        outer, capture = env.mesh, env.find(Capture)
         check_declared(state, "ft.train_step", said)
         due = _due(check, outer or state.mesh, seen[capture is not None])
         inner = checked(run) if due and capture is None else run
@@ -247,7 +249,7 @@ def _apart(x: Any, overwritten: tree.Tree = None) -> Any:
     if not isinstance(x, Tensor):
         return x
     memory = lambda x: x.untyped_storage()._cdata
-    copied = current().capture is not None and any(memory(x) == memory(leaf) for leaf in tree.leaves(overwritten))
+    copied = current().is_captured and any(memory(x) == memory(leaf) for leaf in tree.leaves(overwritten))
     return x.clone() if copied else x.detach()
 
 

@@ -23,7 +23,8 @@ from functitan.capture.compile import Run, compiled
 from functitan.capture.kinds import base
 from functitan.capture.trace import Program, one_at_a_time, unseen
 from functitan.sharding.context import Env
-from functitan.sharding.traced import emit
+from functitan.sharding.program import Checks
+from functitan.sharding.traced import Capture, emit
 
 _NAMESPACE = "functitan_regions"
 
@@ -93,16 +94,15 @@ def opaque(program: Program, backend: str) -> Opaque:
 
 def call(callee: Opaque, xs: Sequence[Tensor], env: Env) -> tuple[Tensor, ...]:
     """Its results for these inputs; in a capture, by its op. Its collectives go into the ledger, and are compared."""
-    if env.ledger is not None:
-        env.ledger.entries += callee.program.entries()
+    env.entered(callee.program.entries())
     for note in callee.program.notes():
         env.note(note)
-    if env.capture is not None:
-        env.capture.calls[callee.op] = callee
+    if (capture := env.find(Capture)) is not None:
+        capture.calls[callee.op] = callee
         for mesh in callee.program.meshes:
-            env.capture.place(mesh)
+            capture.place(mesh)
         return tuple(callee.op(list(xs)))
-    if env.checked:
+    if env.find(Checks) is not None:
         compare(callee.program)
     return tuple(callee.called(xs))
 

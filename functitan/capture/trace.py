@@ -28,7 +28,8 @@ from functitan.sharding.context import current, using
 from functitan.sharding.cut import carry_cut
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.message import Message
-from functitan.sharding.traced import Capture, is_collective, message_of
+from functitan.sharding.program import Checks
+from functitan.sharding.traced import Capture, capturing, is_collective, message_of
 
 
 class Program(NamedTuple):
@@ -86,7 +87,7 @@ def trace(
     table = select_decomp_table()
 
     def inside(*xs: Tensor) -> tuple[Tensor, ...]:
-        with using(current().key._replace(capture=capture)):
+        with using(current().key.inside(capturing(capture))):
             results = fn(*xs)
         return (*results, *(flag for flag, _ in capture.failures))
 
@@ -107,7 +108,8 @@ def trace(
         _check_writes(set(written) - donated, inside, again, what, names, fix)
     failures = tuple(error for _, error in capture.failures)
     meshes, calls, remarks = tuple(capture.meshes), dict(capture.calls), tuple(capture.notes)
-    return Program(graph, meshes, fakes, written, failures, calls, remarks, capture.compared or current().checked)
+    compared = capture.compared or current().find(Checks) is not None
+    return Program(graph, meshes, fakes, written, failures, calls, remarks, compared)
 
 
 def _twin(x: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def begin(
 ) -> tuple[Place, Part]:
     """All that ranks must agree on before they write: an empty hidden directory, and who writes what."""
     what = f"ft.checkpoint.save to {path_text('ft.checkpoint.save', path)}"
-    if current().capture is not None:  # its tensors have no values, and the other ranks would not come
+    if current().is_captured:  # its tensors have no values, and the other ranks would not come
         problem = "it is called inside a function that is being captured"
         raise CaptureError(report(what, [problem], "save what the captured function returns"))
     check_donated(state, what, ())

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from functitan.errors import FunctitanError, report
-from functitan.ops.function import NAME, Call, Op, apply, hidden_axes
+from functitan.ops.function import Call, Op, apply, hidden_axes
 from functitan.sharding.context import current
+from functitan.sharding.memo import NAME
 
 
 def checkpoint_name(x: Tensor, name: str) -> Tensor:
@@ -28,7 +29,7 @@ def checkpoint_name(x: Tensor, name: str) -> Tensor:
         problem = f"the name is {name!r}"
         raise FunctitanError(report("ft.checkpoint_name", [problem], "give a text: checkpoint_name(x, 'attn_out')"))
     env = current()
-    if env.memo is None:
+    if not env.sees_every_op:
         return x
     hidden = (hidden_axes(x, env),)
     return apply(Call(_NAMED, env, name, hidden, hidden), x)[0]

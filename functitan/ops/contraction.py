@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functitan.axes import write_axes
 from functitan.ops.arithmetic import Arithmetic, plain
 from functitan.ops.function import Call, Hidden, Hiddens, Op, apply, hidden_axes, hide
 from functitan.ops.local import add_product, product
@@ -25,7 +24,6 @@ from functitan.sharding.contraction import Contraction, Term, cotangents, tangen
 from functitan.sharding.message import Label
 from functitan.sharding.plan import Plan, plan
 from functitan.sharding.precision import cast
-from functitan.sharding.program import with_shards
 
 Dtypes = tuple[torch.dtype | None, ...]
 
@@ -69,12 +67,9 @@ def contract(
     assert env.mesh is not None
     made = made or (None,) * len(typed.results)
     mesh = env.mesh.sizes
-    if env.checked:
-        env = _with_shapes(env, typed, tensors)
     full, hidden = resolve(typed, tensors, env, label)
     chosen = plan(full, mesh, fixed)
-    # taps see the backward of every op, too
-    seen = env.taps is not None or env.memo is not None or defers(tensors, env)
+    seen = env.sees_every_op or defers(tensors, env)
     simple = chosen.is_local and reduction == "sum" and arithmetic is None and not seen
     if simple and _transposes_locally(full, env, fixed):
         with env.span(*label):
@@ -83,16 +78,6 @@ def contract(
     static = Static(typed, full, chosen, label, reduction, fixed, dtypes, compute, made, arithmetic or plain(compute))
     linear = all(len(term.operands) == 1 for term in typed.terms)
     return apply(Call(_LINEAR if linear else _PRODUCT, env, static, *hidden), *tensors)
-
-
-def _with_shapes(env: Env, typed: Contraction, tensors: Iterable[Tensor]) -> Env:
-    """Surroundings in which ranks that agree on a collective hold the shapes of the op's operands against each other.
-
-    What is sent may have one shape where shards have several: a sum, of two rows here and of four there.
-    """
-    each = zip(typed.operands, tensors, strict=True)
-    shapes = " and ".join(f"{write_axes(t.axes)!r} {list(x.shape)}" for t, x in each)
-    return env._replace(line=with_shards(env.line, shapes))
 
 
 def defers(tensors: Iterable[Any], env: Env) -> bool:

@@ -51,7 +51,7 @@ def einsum(pattern: str, *tensors: Tensor) -> Any:
         arithmetic = converted(pattern, signature, tensors, env)
     deferred = env.deferred if defers(tensors, env) else None
     planned = deferred is not None and not (env.precision is None and are_pairs(signature))
-    if env.memo is not None or arithmetic is not None or planned:  # all want the named op
+    if env.sees_every_op or arithmetic is not None or planned:  # all want the named op
         env = env.on_one_rank(tuple(axis for axes in signature.operands for axis in axes))
     if (env.mesh is not None or env.precision is not None) and autocast_is_on():  # else torch casts, and rightly
         return in_precision(einsum, next(iter(tensors), None), pattern, *tensors)
@@ -69,7 +69,7 @@ def einsum(pattern: str, *tensors: Tensor) -> Any:
                 return in_precision(einsum, next(iter(tensors), None), pattern, *tensors)
             _check(pattern, signature, given)
         try:
-            if env.profiled:
+            if env.around:
                 with env.span("einsum", pattern):
                     results = _products(signature, given, deferred)
             else:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._C import _functorch as functorch  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
 
+from functitan.sharding.around import around_op
 from functitan.sharding.collectives import refuse_forward_mode
 from functitan.sharding.context import Env
 
@@ -67,19 +68,7 @@ class Call(NamedTuple):
 
     def transposed(self) -> Env:
         """The surroundings of the ops that its vjp calls."""
-        phase = "backward" if self.env.phase == "forward" else self.env.phase
-        return self.env._replace(phase=phase, recomputed=False, memo=None, deferred=None)
-
-
-NAME = "checkpoint_name"  # of the op that names a tensor for remat
-
-
-class Tap(NamedTuple):
-    """What a call gave, as plain shards, and how many collectives the ledger held by then."""
-
-    call: Call
-    results: tuple[Tensor, ...]
-    collectives: int
+        return self.env.of_derivatives
 
 
 def apply(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -193,16 +182,8 @@ def current_level() -> int:
 
 
 def _run(call: Call, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Run an op on plain shards; the one place where all do, and so where taps see them and remat stores them."""
-    env = call.env
-    if env.memo is None:
-        results = _computed(call, tensors)
-    else:
-        results = env.memo.results(call, tensors, lambda: _computed(call, tensors), call.op.name == NAME)
-    if env.taps is not None:
-        sent = 0 if env.ledger is None else len(env.ledger)
-        env.taps.entries.append(Tap(call, tuple(y.clone() for y in results), sent))
-    return results
+    """Run an op on plain shards, inside the hooks of its surroundings: the one place where all ops run."""
+    return around_op(call.env.around, call, tensors, _computed)
 
 
 def _computed(call: Call, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -73,7 +73,7 @@ def fused_scatter(ring: Ring, works: Sequence[Work]) -> Tensor | None:
 
 def _runs(ring: Ring, x: object) -> bool:
     mesh = ring.env.mesh
-    return mesh is not None and ring.env.capture is None and isinstance(x, Tensor) and fits(x, mesh)
+    return mesh is not None and not ring.env.is_captured and isinstance(x, Tensor) and fits(x, mesh)
 
 
 def _matrices(work: Work, place: int, axis: str) -> _Matrices | None:

@@ -45,7 +45,7 @@ def cross_entropy(pattern: str, logits: Tensor, labels: Tensor, *, ignore_index:
     check_operands(f"cross_entropy({pattern!r})", *given)
     env, label = current(), Label("cross_entropy", pattern)
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    if env.mesh is not None or env.capture is not None:  # torch's gradient, captured, takes twice the passes
+    if env.mesh is not None or env.is_captured:  # torch's gradient, captured, takes twice the passes
         alone = env.on_one_rank(axes)
         return _sharded(axes, rows, result, vocab, logits, labels, ignore_index, alone, label)
     check_labels(labels, logits.shape[axes.index(vocab)], ignore_index, env, label)

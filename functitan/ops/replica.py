@@ -35,7 +35,7 @@ def one_replica(dims: Dims) -> Env:
         return env
     mesh = env.mesh.without(dims)
     rules = None if mesh is None else env.rules.without(dims)
-    return env._replace(mesh=mesh, rules=rules, taps=None)  # no tap: on another mesh its values are others
+    return env._replace(mesh=mesh, rules=rules)
 
 
 def spread(axes: Axes, x: Tensor, dims: Dims) -> Tensor:

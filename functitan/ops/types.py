@@ -17,7 +17,7 @@ from functitan.ops.function import Hidden, Hiddens, hidden_axes
 from functitan.sharding.context import Env, nowhere
 from functitan.sharding.contraction import Contraction, Term
 from functitan.sharding.layout import FIX_RULE, FIX_SIZES, Layout, divisibility, layout_of
-from functitan.sharding.ledger import Ledger
+from functitan.sharding.ledger import Ledger, entering
 from functitan.sharding.mesh import MeshSizes
 from functitan.sharding.message import Label
 from functitan.sharding.rules import AxisRules, unknown_names
@@ -89,8 +89,7 @@ def resolve(
     hidden = tuple(hidden_axes(x, env, shown) for x in tensors)
     shapes = tuple(tuple(x.shape) for x in tensors)
     contraction, of_each, patterns = _known(typed, hidden, shapes, env.mesh.sizes, env.rules, env.vmap_axes, label)
-    if env.ledger is not None:
-        env.ledger.patterns.update(patterns)
+    env.ask(patterns)
     return contraction, of_each
 
 
@@ -106,7 +105,8 @@ def _known(
 ) -> tuple[Contraction, tuple[Any, Any], frozenset[Axes]]:
     """The same, of all that an `Env` says of layouts; and the patterns that are looked up for it."""
     seen = Ledger()
-    found = _resolved(typed, hidden, shapes, Env(nowhere(mesh), rules, vmap_axes=vmap_axes, ledger=seen), label)
+    env = Env(nowhere(mesh), rules, vmap_axes=vmap_axes, around=(entering(seen),))
+    found = _resolved(typed, hidden, shapes, env, label)
     return (*found, frozenset(seen.patterns))
 
 

@@ -18,9 +18,11 @@ from functitan.optim.kernels import extremes
 from functitan.optim.numbers import Numbers
 from functitan.sharding.collectives import all_reduce
 from functitan.sharding.context import current, using
+from functitan.sharding.ledger import Ledger
 from functitan.sharding.message import Label
 from functitan.sharding.moves import Step
 from functitan.sharding.steps import run_step
+from functitan.sharding.traced import Capture
 
 POLICIES = ("raise", "skip", "ignore")
 
@@ -62,7 +64,7 @@ def guarded(
         made = {name: x for name, x in made.items() if x.is_floating_point() or x.is_complex()}
         update = lambda donate: new
     bad = any_nonfinite([loss, grads, *beside.values(), *made.values()])
-    capture = current().capture
+    capture = current().find(Capture)
     if policy == "raise" and is_batched(bad):
         problem = "nonfinite is 'raise', which reads one value, and under vmap there are many"
         raise FunctitanError(report("ft.train_step", [problem], "choose 'skip' or 'ignore'"))
@@ -138,7 +140,7 @@ def _over_ranks(x: Tensor, quiet: bool, stages: bool = True) -> Tensor:
     """The maximum over all ranks, or this pipeline stage's; `quiet`: after an error, which no prediction knows."""
     env = current().of_all_stages() if stages else current()
     dims = tuple(dim for dim, n in env.mesh.shape.items() if n > 1) if env.mesh is not None else ()
-    env = env._replace(phase="update", ledger=None if quiet else env.ledger)
+    env = (env.without(Ledger) if quiet else env)._replace(phase="update")
     if dims and transforms_active():
         with using(env):
             return all_reduce(x, dims, "max")

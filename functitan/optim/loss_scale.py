@@ -23,6 +23,7 @@ from functitan.optim.state import scalar_beside
 from functitan.optim.transform import GradientTransformation, donating
 from functitan.param import Param, constant
 from functitan.sharding.context import current
+from functitan.sharding.traced import Capture
 
 
 class LossScaleState(NamedTuple):
@@ -124,7 +125,7 @@ def judged(
     skipped = (new.good_steps == 0) & (new.scale <= scale)
     if policy == "skip":
         return {"skipped": skipped.to(torch.int64)}
-    stuck, capture = skipped & (new.scale == scale), current().capture
+    stuck, capture = skipped & (new.scale == scale), current().find(Capture)
     if capture is not None:
         capture.failures.append((stuck, _captured))
     else:

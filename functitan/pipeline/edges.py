@@ -73,7 +73,7 @@ def edges_of(stages: Sequence[Stage], part: Any, key: Tensor | None, env: Env, s
     mesh = env.mesh
     if mesh is not None:
         mesh = mesh._replace(transport=shapes_only())
-    quiet = env.key._replace(mesh=mesh, memo=None, deferred=None, pipeline=None)
+    quiet = env._replace(mesh=mesh, deferred=None, pipeline=None, around=())
     found = [NOTHING]
     device = next((x.device for x in tree.leaves(part) if isinstance(x, Tensor)), torch.device("cpu"))
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), using(quiet):

@@ -181,7 +181,7 @@ def _check(params: tree.Tree, stages: Sequence[Stage], schedule: Schedule, env: 
         problem = f"the schedule is for {schedule.num_ranks} ranks, the mesh has pp={ranks}"
         fix = f"make the mesh by ft.make_mesh(pp={schedule.num_ranks}, ...), and call inside ft.spmd(fn, mesh=, rules=)"
         raise MeshError(report(WHERE, [problem], fix))
-    if env.capture is not None:
+    if env.is_captured:
         fix = "capture the stages instead: Stage(declarations, ft.compile(apply))"
         raise CaptureError(report(WHERE, ["one graph cannot hold a pipeline: each rank runs its own program"], fix))
     if mesh is not None and not mesh.transport.has_values:

@@ -8,30 +8,29 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.profiler import record_function
 
 from functitan.errors import MeshError, check_function, report
+from functitan.sharding.around import Around
 from functitan.sharding.deferred import Deferred
 from functitan.sharding.distributed import mesh_of
 from functitan.sharding.float8 import Float8
 from functitan.sharding.layout import Layout, layout_of
-from functitan.sharding.ledger import Ledger, Taps
-from functitan.sharding.memo import Memo
+from functitan.sharding.ledger import Ledger, entering
 from functitan.sharding.mesh import Mesh, MeshSizes, Transport
 from functitan.sharding.message import Label, Message, Passing, span_name
 from functitan.sharding.precision import Precision
-from functitan.sharding.program import user_line
 from functitan.sharding.rings import Pipelining
 from functitan.sharding.rules import AxisRules, Dims, check_rules
 from functitan.sharding.sequence import DEFAULT, Sequence
-from functitan.sharding.traced import Capture
+
+T = TypeVar("T")
 
 
 class Env(NamedTuple):
@@ -42,39 +41,72 @@ class Env(NamedTuple):
     phase: str = "forward"
     recomputed: bool = False
     vmap_axes: tuple[tuple[int, str], ...] = ()  # (functorch level, name) of each `ft.vmap` around the op
-    ledger: Ledger | None = None
     differentiated: bool = False  # by plain autograd, which torch.func's own stack does not show
-    taps: Taps | None = None
-    checked: bool = False  # ranks compare programs before they communicate
-    line: str = ""  # the user's, where an op was called; only while checked
     precision: Precision | None = None  # none: dtypes are left as they are
     float8: Float8 | None = None
-    capture: Capture | None = None  # of the program that is being captured
-    memo: Memo | None = None  # what remat stores, or has stored, of the function that runs
     pipelined: Pipelining | None = None  # what runs beside matmuls; none: nothing does
     sequence: Sequence = DEFAULT  # how positions lie, and how attention meets them where they are sharded
-    profiled: bool = False  # ops, collectives and phases name their spans for `ft.profile`
     pipeline: Mesh | None = None  # of all pipeline stages, where `mesh` is that of the ranks of this one
     deferred: Deferred | None = None  # takes the gradients of weights, of a backward whole or split in two
+    around: tuple[Around, ...] = ()  # what sees, or answers instead of, ops and messages; the first is the outermost
 
     @property
     def remembers(self) -> bool:
         """Whether named ops remember how their results lie: on a mesh, where a program runs for the first time."""
         if self.mesh is None:
             return False
-        return self.checked or self.capture is not None or not self.mesh.transport.has_values
+        return not self.mesh.transport.has_values or any(each.remembers for each in self.around)
+
+    @property
+    def sees_every_op(self) -> bool:
+        """Whether something around wants each op to be a named one, also where plain torch ops would do."""
+        return any(each.sees_every_op for each in self.around)
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether a program is being captured, whose tensors have no values yet and whose messages become nodes."""
+        return any(each.transport is not None for each in self.around)
 
     def layout(self, axes: tuple[str, ...]) -> Layout:
         """The layout of a pattern here; only where there is a mesh."""
         assert self.mesh is not None and self.rules is not None
-        if self.ledger is not None:
-            self.ledger.patterns.add(axes)
+        self.ask((axes,))
         return layout_of(axes, self.rules, self.mesh.sizes)
+
+    def ask(self, patterns: Iterable[tuple[str, ...]]) -> None:
+        """Tell what is around of patterns whose layouts are looked up."""
+        for each in self.around:
+            if each.patterns is not None:
+                each.patterns(patterns)
 
     @property
     def key(self) -> Env:
         """These surroundings without what only watches: all that caches of programs compare, and nobody else lists."""
-        return self._replace(ledger=None, taps=None, checked=False, line="", profiled=False)
+        return self._replace(around=tuple(each for each in self.around if each.changes_programs))
+
+    def inside(self, around: Around) -> Env:
+        """These surroundings, with one more thing around, inside the others."""
+        return self._replace(around=(*self.around, around))
+
+    def find(self, kind: type[T]) -> T | None:
+        """The state, of this type, of something that is around; `None` if there is none."""
+        return next((each.state for each in self.around if isinstance(each.state, kind)), None)
+
+    def without(self, *kinds: type) -> Env:
+        """These surroundings without what has a state of one of these types."""
+        return self._replace(around=tuple(each for each in self.around if not isinstance(each.state, kinds)))
+
+    @property
+    def of_derivatives(self) -> Env:
+        """These surroundings for the ops that a vjp calls."""
+        phase = "backward" if self.phase == "forward" else self.phase
+        around = tuple(each for each in self.around if each.is_of_derivatives)
+        return self._replace(phase=phase, recomputed=False, deferred=None, around=around)
+
+    def lowered(self, label: Label, way: str) -> Env:
+        """These surroundings for the ops inside an op that is lowered in one of several ways."""
+        each_inside = (each.inside(label, way) if each.inside is not None else each for each in self.around)
+        return self._replace(around=tuple(each_inside)) if self.around else self
 
     def on(self, mesh: Mesh | None, rules: AxisRules | None) -> Env:
         """These surroundings on a mesh, of which named ops see the ranks of this one's pipeline stage."""
@@ -95,13 +127,22 @@ class Env(NamedTuple):
 
     def span(self, op: str, pattern: str) -> AbstractContextManager[Any]:
         """The span of an op in a trace; nothing where no profile is on."""
-        return record_function(span_name(op, pattern, self.phase, self.recomputed)) if self.profiled else _OFF
+        for each in self.around:
+            if each.span is not None:
+                return each.span(span_name(op, pattern, self.phase, self.recomputed))
+        return _OFF
 
     def note(self, text: str) -> None:
         """Let a ledger, and that of a program which is being captured, say something once."""
-        for kept in (self.ledger, self.capture):
-            if kept is not None and text not in kept.notes:
-                kept.notes.append(text)
+        for each in self.around:
+            if each.note is not None:
+                each.note(text)
+
+    def entered(self, messages: Iterable[Message]) -> None:
+        """Tell what is around of messages that a compiled program sends by itself."""
+        for each in self.around:
+            if each.entered is not None:
+                each.entered(messages)
 
     def message(self, collective: str, x: Tensor, dims: Dims, label: Label, how: str | Passing = "") -> Message:
         """The message of a collective here, of a tensor as it is sent."""
@@ -113,7 +154,8 @@ class Env(NamedTuple):
     def transport(self) -> Transport:
         """What carries messages here: the mesh's own transport, or the graph of the program that is being captured."""
         assert self.mesh is not None
-        return self.mesh.transport if self.capture is None else self.capture.transport(self.mesh)
+        others = (each.transport for each in self.around if each.transport is not None)
+        return next((other(self.mesh) for other in others), self.mesh.transport)
 
 
 _OFF: AbstractContextManager[Any] = nullcontext()
@@ -143,15 +185,18 @@ _CURRENT: ContextVar[Env] = ContextVar("functitan", default=Env())  # noqa: B039
 def current() -> Env:
     """The surroundings of the caller."""
     env = _CURRENT.get()
-    return env._replace(line=user_line()) if env.checked else env
+    if any(each.called is not None for each in env.around):
+        return env._replace(around=tuple(each if each.called is None else each.called() for each in env.around))
+    return env
 
 
 def within(name: str, fn: Callable[..., Any], *args: Any) -> Any:
     """`fn(*args)`, as a span of this name where a profile is on."""
-    if not _CURRENT.get().profiled:
-        return fn(*args)
-    with record_function(name):
-        return fn(*args)
+    for each in _CURRENT.get().around:
+        if each.span is not None:
+            with each.span(name):
+                return fn(*args)
+    return fn(*args)
 
 
 @contextmanager
@@ -206,7 +251,7 @@ def record() -> Iterator[Ledger]:
     On a virtual mesh opened inside the body, those of rank 0 are recorded.
     """
     ledger = Ledger("recorded")
-    with using(current()._replace(ledger=ledger)):
+    with using(current().without(Ledger).inside(entering(ledger))):
         yield ledger
 
 

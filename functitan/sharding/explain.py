@@ -21,10 +21,10 @@ from functitan import tree
 from functitan.axes import write_axes
 from functitan.errors import MeshError, PatternError, check_function, report
 from functitan.param import Param
-from functitan.sharding.context import Env, as_mesh, current, using
+from functitan.sharding.context import Env, as_mesh, using
 from functitan.sharding.cut import mark_cut
 from functitan.sharding.layout import Layout, check_leaves, layout_of, local_shape
-from functitan.sharding.ledger import Ledger
+from functitan.sharding.ledger import Ledger, entering
 from functitan.sharding.mesh import Mesh, MeshSizes, mesh_sizes
 from functitan.sharding.rules import AxisRules, idle_dims
 from functitan.sharding.shapes import shapes_only
@@ -67,12 +67,12 @@ def explain(
     names = [f"argument {path}" for path in tree.paths(args)]
     layouts = check_leaves("ft.explain", zip(names, known, shapes, strict=True), rules, sizes)
     ledger = Ledger(f"one call on {dict(zip(sizes.dims, sizes.sizes, strict=True))}, rank 0")
-    env = Env(ledger=ledger).on(Mesh(sizes, (0,) * len(sizes.dims), shapes_only()), rules)
+    env = Env(around=(entering(ledger),)).on(Mesh(sizes, (0,) * len(sizes.dims), shapes_only()), rules)
     with FakeTensorMode(allow_non_fake_inputs=True):
         shards = [_shard(leaf, layout, sizes, what) for leaf, layout, what in zip(leaves, layouts, names, strict=True)]
         memory = _Memory([x for x in shards if isinstance(x, Tensor)])
         ledger.argument_bytes = memory.alive
-        with using(current()._replace(**env._asdict())), memory:
+        with using(env), memory:
             fn(*tree.unflatten(structure, shards))
         ledger.peak_bytes = memory.peak
     ledger.notes += _unused(rules, ledger, sizes)

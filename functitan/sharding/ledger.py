@@ -9,10 +9,11 @@ pipeline stage, which its sender enters.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any
 
+from functitan.sharding.around import Around
 from functitan.sharding.message import Message
 
 
@@ -78,11 +79,19 @@ class Ledger:
         return f"<Ledger of {len(self.entries)} collectives, {_size(self.total_bytes())}>"
 
 
-class Taps:
-    """What every named op gave, in the order of execution: `ops.function.Tap`s, for `testing.first_divergence`."""
+def entering(ledger: Ledger) -> Around:
+    """The hooks that enter messages into a ledger, before they are sent, with notes and the patterns looked up."""
 
-    def __init__(self) -> None:
-        self.entries: list[Any] = []
+    def enter(message: Message, env: Any, start: Callable[[], Any]) -> Any:
+        if message.collective != "receive":  # a message to another stage is entered by its sender
+            ledger.entries.append(message)
+        return start()
+
+    def note(text: str) -> None:
+        if text not in ledger.notes:
+            ledger.notes.append(text)
+
+    return Around(ledger, message=enter, entered=ledger.entries.extend, note=note, patterns=ledger.patterns.update)
 
 
 def _rows(entries: list[Message]) -> list[tuple[str, ...]]:

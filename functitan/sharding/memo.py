@@ -16,9 +16,25 @@ import torch
 from torch import Tensor
 
 from functitan.errors import FunctitanError, report
+from functitan.sharding.around import Around
 
 Results = tuple[Tensor, ...]
 Place = tuple[int | str, ...]  # numbers in the order of calls; inside an op of several ways after its number and way
+
+
+NAME = "checkpoint_name"  # of the op that names a tensor
+
+
+def remembering(memo: Memo) -> Around:
+    """The hooks by which ops are stored in a memo, or found in it, instead of computed."""
+    return Around(
+        memo,
+        op=lambda call, tensors, run: memo.results(call, tensors, lambda: run(call, tensors)),
+        inside=lambda label, way: remembering(memo.within(label.op, label.pattern, way)),
+        sees_every_op=True,
+        is_of_derivatives=False,
+        changes_programs=True,
+    )
 
 
 class Seen(NamedTuple):
@@ -68,9 +84,9 @@ class Memo:
         # id of a result: its call's place, and a reference that shows its end
         self._made: dict[int, tuple[Place, Any]] = {}
 
-    def results(self, call: Any, tensors: Results, compute: Callable[[], Results], is_name: bool) -> Results:
+    def results(self, call: Any, tensors: Results, compute: Callable[[], Results]) -> Results:
         """The results of the next call: computed, or those that were stored."""
-        label = getattr(call.static, "label", None)
+        label, is_name = getattr(call.static, "label", None), call.op.name == NAME
         op, pattern = (call.op.name, call.static if is_name else "") if label is None else label
         place = self._next(Seen(op, pattern, tuple([(x.shape, x.dtype) for x in tensors])))
         if self.saves is None:

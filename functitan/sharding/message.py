@@ -19,7 +19,10 @@ FORMULAS = {  # bytes sent by one rank, from the bytes of its tensor and the num
     "all_to_all": lambda nbytes, n: (n - 1) * nbytes // n,
     "permute": lambda nbytes, n: nbytes if n > 1 else 0,
     "send": lambda nbytes, n: nbytes,
+    "receive": lambda nbytes, n: 0,
 }
+
+_BETWEEN_STAGES = ("send", "receive")
 
 
 class Label(NamedTuple):
@@ -63,9 +66,9 @@ class Passing(NamedTuple):
 class Message(NamedTuple):
     """A collective of a group of ranks, and what asks for it. A ledger's entries are messages.
 
-    `collective` is "all_gather", "reduce_scatter", "all_reduce", "all_to_all", "permute", or "send" to another pipeline
-    stage. The group has `ranks` ranks, over `mesh_dims`; `shape` and `dtype` are those of the tensor that each gives.
-    `how` is the reduction, "sum" or "max", or a permute's `Passing`.
+    `collective` is "all_gather", "reduce_scatter", "all_reduce", "all_to_all", "permute"; or "send" to another pipeline
+    stage, where it is "receive". The group has `ranks` ranks, over `mesh_dims`; `shape` and `dtype` are those of the
+    tensor that each gives. `how` is the reduction, "sum" or "max", or a permute's `Passing`.
     """
 
     collective: str
@@ -94,15 +97,15 @@ class Message(NamedTuple):
 
     @property
     def request(self) -> tuple:
-        """What ranks that meet in a message have alike, on every rank of the group."""
-        return self[:8]
+        """What ranks that meet in a message have alike."""
+        return self[1:8] if self.collective in _BETWEEN_STAGES else self[:8]
 
     def __str__(self) -> str:
         """
         >>> print(Message("all_gather", ("dp", "fsdp"), 4, (2, 3), torch.float32, "", "unshard", "batch embed"))
         all_gather over dp·fsdp of float32[2, 3] for 'unshard' 'batch embed'
         """
-        return self._text("message" if self.collective == "send" else self.collective)
+        return self._text("message" if self.collective in _BETWEEN_STAGES else self.collective)
 
     @property
     def detailed(self) -> str:

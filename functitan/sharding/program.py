@@ -7,10 +7,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
+from torch import Tensor
+
+from functitan.axes import write_axes
 from functitan.errors import report
 from functitan.lines import is_users
+from functitan.sharding.around import Around
+from functitan.sharding.message import Message
 
 
 def user_line() -> str:
@@ -22,6 +28,41 @@ def user_line() -> str:
             return f"{os.sep.join(file.split(os.sep)[-2:])}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
+
+
+class Checks(NamedTuple):
+    """That ranks compare what they are about to do, and the user's line from which the op at work was called."""
+
+    line: str = ""
+
+
+def checks(line: str = "") -> Around:
+    """The hooks that let ranks agree on each message before it is sent: see `ft.checked`."""
+
+    def agree(message: Message, env: Any, start: Callable[[], Any]) -> Any:
+        if message.collective in ("send", "receive"):  # a stage sends, and another awaits: of two texts
+            does = "sends" if message.collective == "send" else "awaits"
+            env.pipeline.transport.agree(f"{does} {message}")
+        else:
+            text = f"runs {message.detailed} in {message.phase}"
+            env.mesh.transport.agree(f"{text} at {line}" if line else text)
+        return start()
+
+    def tell_shapes(call: Any, tensors: tuple[Tensor, ...], run: Callable[..., Any]) -> Any:
+        """Let ranks hold the shapes of the op's operands against each other, too.
+
+        What is sent may have one shape where shards have several: a sum, of two rows here and of four there.
+        """
+        typed = getattr(call.static, "typed", None)
+        if typed is None:
+            return run(call, tensors)
+        each = zip(typed.operands, tensors, strict=True)
+        shapes = " and ".join(f"{write_axes(own.axes)!r} {list(x.shape)}" for own, x in each)
+        env = call.env.without(Checks).inside(checks(with_shards(line, shapes)))
+        return run(call._replace(env=env), tensors)
+
+    called = lambda: checks(user_line())
+    return Around(Checks(line), message=agree, op=tell_shapes, called=called, remembers=True)
 
 
 def disagree(programs: Mapping[int, str]) -> str:

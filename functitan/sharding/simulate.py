@@ -19,7 +19,9 @@ import torch
 
 from functitan.errors import CaptureError, CollectiveError, MeshError, check_function, report
 from functitan.sharding.context import current, using, within
+from functitan.sharding.ledger import Ledger
 from functitan.sharding.mesh import Mesh, MeshSizes, is_seconds, mesh_sizes
+from functitan.sharding.program import Checks
 from functitan.sharding.virtual import FIX_CAPTURE, Table, transport_of
 
 TIMEOUT_S = 120.0
@@ -59,17 +61,17 @@ def _run(fn: Callable[..., Any], sizes: MeshSizes, timeout: float, args: tuple, 
     coordinates = list(itertools.product(*(range(n) for n in sizes.sizes)))
     table = Table(len(coordinates), timeout)
     results: list[Any] = [None] * len(coordinates)
-    if current().capture is not None:
+    if current().is_captured:
         raise CaptureError(
             report("ft.simulate", ["it is called inside a function that is being captured"], FIX_CAPTURE)
         )
-    outer, modes = current().on(None, None)._replace(checked=False, vmap_axes=()), _modes_of_thread()
+    outer, modes = current().on(None, None).without(Checks)._replace(vmap_axes=()), _modes_of_thread()
 
     def work(rank: int) -> None:
         mesh = Mesh(sizes, coordinates[rank], transport_of(table, sizes, coordinates[rank]))
         try:
             with ExitStack() as stack:
-                stack.enter_context(using(outer if rank == 0 else outer._replace(ledger=None)))
+                stack.enter_context(using(outer if rank == 0 else outer.without(Ledger)))
                 for mode in modes:
                     stack.enter_context(mode())
                 results[rank] = within(f"rank {rank}", functools.partial(fn, mesh, *args, **kwargs))

@@ -1,22 +1,20 @@
 """The steps of plans, run on this rank's tensors: sub-axes of framed axes are gathered, scattered and exchanged.
 
-Invariant: every collective that runs anywhere passes through `send` or `start`, which enter it into the ledger and,
-while `ft.checked`, let all ranks agree on it first.
+Invariant: every collective that runs anywhere passes through `send` or `start`, inside the hooks of `Env.around`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
+from functitan.sharding.around import around_message
 from functitan.sharding.context import Env
-from functitan.sharding.message import Label, Message, Passing
+from functitan.sharding.message import Label, Passing
 from functitan.sharding.moves import Step, View
 from functitan.sharding.precision import narrowed
 from functitan.sharding.rules import Dims
@@ -135,12 +133,10 @@ def reduced(x: Tensor, step: Step, env: Env, label: Label, op: str, dtype: torch
 
 
 def send(kind: str, x: Tensor, dims: Dims, env: Env, label: Label, how: str | Passing = "") -> Tensor:
-    """Run one collective over a group of mesh dims, and enter it into the ledger; first agree on it, if checked."""
+    """Run one collective over a group of mesh dims, inside what is around it: a ledger, checks, a profile."""
     sent = _on_wire(x)
     message = env.message(kind, sent, dims, label, how)
-    _enter(message, env)
-    with record_function(message.name) if env.profiled else _OFF:
-        result = env.transport.start(message, sent)()
+    result = around_message(env.around, message, env, partial(env.transport.start, message, sent))()
     return torch.view_as_complex(result) if x.is_complex() else result
 
 
@@ -153,36 +149,16 @@ def start(kind: str, x: Tensor, dims: Dims, env: Env, label: Label, how: str | P
     """
     sent = _on_wire(x)
     message = env.message(kind, sent, dims, label, how)._replace(hidden=True)
-    _enter(message, env)
-    with record_function(message.name) if env.profiled else _OFF:
-        wait = env.transport.start(message, sent)
-
-    def arrived() -> Tensor:
-        with record_function(message.wait) if env.profiled else _OFF:
-            result = wait()
-        return torch.view_as_complex(result) if x.is_complex() else result
-
-    return arrived
+    wait = around_message(env.around, message, env, partial(env.transport.start, message, sent))
+    return (lambda: torch.view_as_complex(wait())) if x.is_complex() else wait
 
 
 def enter_fused(x: Tensor, dims: Dims, env: Env, label: Label) -> None:
-    """Enter a `permute` of `x` that an op sends by itself, beside what it computes."""
-    _enter(env.message("permute", x, dims, label, Passing(1))._replace(hidden=True), env)
-
-
-def _enter(message: Message, env: Env) -> None:
-    """Enter a message into the ledger, and let all ranks agree on it, if checked."""
-    assert env.mesh is not None
-    if env.ledger is not None:
-        env.ledger.entries.append(message)
-    if env.checked:
-        text = f"runs {message.detailed} in {message.phase}"
-        env.mesh.transport.agree(f"{text} at {env.line}" if env.line else text)
+    """Let what is around see a `permute` of `x` that an op sends by itself, beside what it computes."""
+    message = env.message("permute", x, dims, label, Passing(1))._replace(hidden=True)
+    around_message(env.around, message, env, lambda: None)
 
 
 def _on_wire(x: Tensor) -> Tensor:
     """What is sent: the numbers themselves, where a view only says that they are conjugate; complex ones as pairs."""
     return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x.resolve_neg()
-
-
-_OFF: AbstractContextManager[Any] = nullcontext()

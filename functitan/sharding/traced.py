@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import Graph, Node, map_arg
 from torch.fx.node import has_side_effect
 
+from functitan.sharding.around import Around
 from functitan.sharding.mesh import Mesh, Transport, Wait
 from functitan.sharding.message import Message, Passing
 from functitan.sharding.shapes import shape_of_result
@@ -59,6 +60,16 @@ class Capture:
             return lambda: result
 
         return mesh.transport._replace(start=start, own=lambda x, axis, dim, _: OWN(x, axis, place, dim))
+
+
+def capturing(capture: Capture) -> Around:
+    """The hooks of a capture: messages become nodes of its graph, and it keeps notes for a ledger."""
+
+    def note(text: str) -> None:
+        if text not in capture.notes:
+            capture.notes.append(text)
+
+    return Around(capture, transport=capture.transport, note=note, remembers=True, changes_programs=True)
 
 
 class Sent(NamedTuple):

@@ -65,7 +65,7 @@ class Table:
 
     def meet(self, rank: int, group: tuple[int, ...], program: Any, x: Any, combine: Callable[[list], list]) -> Wait:
         """Hand in `x`; what waits for the group, and takes away this rank's part of `combine` of all."""
-        if current().capture is not None:  # whoever traces holds a lock: the other ranks would never come
+        if current().is_captured:  # whoever traces holds a lock: the other ranks would never come
             problem = f"rank {rank} {_does(program)} inside a function that is being captured"
             raise CaptureError(report("a virtual mesh", [problem], FIX_CAPTURE))
         with self.condition:

@@ -16,16 +16,25 @@ from torch import Tensor
 from functitan import tree
 from functitan.axes import write_axes
 from functitan.ops.contraction import Static
-from functitan.ops.function import Tap
+from functitan.ops.function import Call
 from functitan.ops.move import shard
+from functitan.sharding.around import Around
 from functitan.sharding.context import current, spmd, using
 from functitan.sharding.layout import Layout, block_of, global_shape
-from functitan.sharding.ledger import Ledger, Taps
+from functitan.sharding.ledger import Ledger, entering
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.message import Message
 from functitan.sharding.rules import AxisRules
 from functitan.sharding.simulate import simulate
 from functitan.testing.asserts import bound_of, distance
+
+
+class Tap(NamedTuple):
+    """What a call of an op gave, as plain shards, and how many messages the ledger held by then."""
+
+    call: Call
+    results: tuple[Tensor, ...]
+    collectives: int
 
 
 class Divergence(NamedTuple):
@@ -112,10 +121,18 @@ def _run(
     """Every named value of a run, in the order of execution."""
 
     def rank(own: Mesh) -> tuple[Mesh, list[Tap], Ledger]:
-        ledger, taps = Ledger(), Taps()
-        with using(current()._replace(ledger=ledger, taps=taps)):
+        ledger, taps = Ledger(), []
+
+        def tap(call: Call, tensors: tuple[Tensor, ...], run: Callable[..., Any]) -> Any:
+            results = run(call, tensors)
+            if call.env.mesh is not None and call.env.mesh.sizes == own.sizes:  # else of one replica's own program
+                taps.append(Tap(call, tuple(y.clone() for y in results), len(ledger)))
+            return results
+
+        env = current().without(Ledger).inside(entering(ledger)).inside(Around(taps, op=tap, sees_every_op=True))
+        with using(env):
             spmd(fn, mesh=own, rules=rules)(*shard(args, patterns, mesh=own, rules=rules))
-        return own, taps.entries, ledger
+        return own, taps, ledger
 
     meshes, taps, ledgers = zip(*simulate(**mesh)(rank)(), strict=True)
     values, before = [], 0

@@ -12,7 +12,7 @@ from typing import Any
 
 from functitan.errors import MeshError, check_function, report
 from functitan.sharding.context import current, using
-from functitan.sharding.ledger import Ledger
+from functitan.sharding.ledger import Ledger, entering
 from functitan.sharding.mesh import MeshSizes, check_dim, is_size
 from functitan.sharding.rings import Pipelining
 
@@ -53,13 +53,12 @@ def async_tp(fn: Callable[..., Any], *, dims: str | Sequence[str] = "tp", pieces
         if env.mesh is None:
             return fn(*args, **kwargs)
         _check_mesh(asked, env.mesh.sizes)
-        ledger = Ledger() if env.ledger is None else env.ledger
-        before = len(ledger)
-        with using(env._replace(pipelined=Pipelining(asked, pieces), ledger=ledger)):
+        own = Ledger()
+        with using(env._replace(pipelined=Pipelining(asked, pieces)).inside(entering(own))):
             out = fn(*args, **kwargs)
-        ran = (entry for entry in ledger.entries[before:] if entry.hidden and {*asked} & {*entry.mesh_dims})
+        ran = (entry for entry in own if entry.hidden and {*asked} & {*entry.mesh_dims})
         if not env.recomputed and not any(ran):  # a recomputation may find all that it needs stored
-            raise MeshError(_nothing(fn, asked, ledger))
+            raise MeshError(_nothing(fn, asked, own))
         return out
 
     return inside

@@ -21,10 +21,13 @@ from functitan.ops.function import is_batched
 from functitan.sharding.context import Env, current, using
 from functitan.sharding.cut import refuse_shards
 from functitan.sharding.layout import axes_of, check_rank, layout_of, table_of
+from functitan.sharding.ledger import Ledger
 from functitan.sharding.message import Label
 from functitan.sharding.moves import Step
+from functitan.sharding.program import Checks, checks
 from functitan.sharding.rules import AxisRules, Dims, idle_dims
 from functitan.sharding.steps import run_step
+from functitan.sharding.traced import Capture
 
 CHUNK = 1 << 18  # elements that are made float64 at once: 2 MiB
 
@@ -52,17 +55,15 @@ def checked(fn: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(fn)
     def inside(*args: Any, **kwargs: Any) -> Any:
         env = current()
-        if (
-            env.capture is not None
-        ):  # nothing is sent while a program is traced: what it sends is compared before it runs
-            env.capture.compared = True
+        if (capture := env.find(Capture)) is not None:  # what a program that is traced sends is compared before it runs
+            capture.compared = True
             return fn(*args, **kwargs)
-        if env.checked or (env.mesh is not None and not env.mesh.transport.has_values):
+        if env.find(Checks) is not None or (env.mesh is not None and not env.mesh.transport.has_values):
             return fn(*args, **kwargs)
         _warn(env)
         agree = env.mesh.transport.agree if env.mesh is not None else lambda program, wait=True: None
         try:
-            with using(env._replace(checked=True)):
+            with using(env.inside(checks())):
                 out = fn(*args, **kwargs)
         except CollectiveError:
             raise  # the others have it too
@@ -182,7 +183,7 @@ def compared_dims(env: Env) -> Dims:
 
 def over_ranks(x: Tensor, dims: Dims, env: Env, op: str = "max") -> Tensor:
     """The maximum (or sum) over ranks, which no ledger enters."""
-    return run_step(x, Step("all_reduce", dims), env._replace(ledger=None), Label("check_equal", ""), op)
+    return run_step(x, Step("all_reduce", dims), env.without(Ledger), Label("check_equal", ""), op)
 
 
 def digests(leaves: list[Tensor]) -> Tensor:

@@ -23,6 +23,7 @@ from functitan.errors import FunctitanError, check_function, report
 from functitan.ops.autocast import FIX_AUTOCAST, autocast_is_on
 from functitan.ops.function import requires_gradient, transforms_active
 from functitan.sharding.context import Env, current, using
+from functitan.sharding.memo import Memo
 from functitan.transforms.closures import closure_problems
 from functitan.transforms.draws import FIX_DRAWS, draws
 from functitan.transforms.flat import TENSOR, Form, join, of_tensors, split
@@ -114,7 +115,7 @@ class _Call:
 
 def _region(its: _Call, xs: tuple[Tensor, ...]) -> Region:
     """What was made for such a call, or is now."""
-    env = its.env.key._replace(capture=None, memo=None, differentiated=False, vmap_axes=(), deferred=None)
+    env = its.env._replace(around=(), differentiated=False, vmap_axes=(), deferred=None)
     shapes = tuple((x.shape, x.stride(), x.dtype, x.device) for x in xs)
     made_for, statics = (shapes, its.wanted, its.form.structure, env), its.form.leaves
     alike = [region for region in its.compiled.regions if region.made_for == made_for]
@@ -153,7 +154,7 @@ class _Forward(torch.autograd.Function):
     def forward(its: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         xs = tuple(x.detach() for x in tensors)
         its.found[:] = [_region(its, xs)]
-        if its.region.draws and (its.env.recomputed or its.env.capture is not None):
+        if its.region.draws and (its.env.recomputed or its.env.is_captured):
             raise FunctitanError(report(its.compiled.name, [_DRAWS], FIX_DRAWS))
         # the last result holds nothing but its history: backward's is differentiable wherever an argument is
         return (*call(its.region.forward, xs, its.env), torch.empty(0))
@@ -218,7 +219,7 @@ def _zeros(x: Tensor) -> Tensor:
 def _check(compiled: Compiled, env: Env) -> None:
     problems = closure_problems(compiled.fn)
     fix = "pass it as an argument: ft.compile(lambda w, x: ...)(w, x)"
-    if env.memo is not None:
+    if env.find(Memo) is not None:
         problems.append("a policy of the ft.remat around it cannot choose among the ops inside it")
         fix = "rematerialize inside: ft.compile(ft.remat(fn, policy=...))"
     if autocast_is_on():

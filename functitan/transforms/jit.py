@@ -25,6 +25,7 @@ from functitan.ops.autocast import FIX_AUTOCAST, autocast_is_on
 from functitan.ops.function import transforms_active
 from functitan.sharding.context import Env, current, within
 from functitan.sharding.message import Message
+from functitan.sharding.program import Checks
 from functitan.transforms.donate import check_donated, give_back, take
 from functitan.transforms.flat import Form, join, of_tensors, split
 from functitan.transforms.float8 import FIX_DELAYED, outside
@@ -82,18 +83,18 @@ class Jitted:
 
     def __call__(self, *args: Any) -> Any:
         env = current()
-        if env.capture is not None:  # a part of a larger capture
+        if env.is_captured:  # a part of a larger capture
             return self.fn(*args)
         if autocast_is_on():
             problem = "it is called under torch.autocast, which a graph does not hold"
             raise CaptureError(report(self.what, [problem], FIX_AUTOCAST))
         leaves, structure = tree.flatten(args)
         found = self._find(args, leaves, structure, env)
-        if env.ledger is not None:
-            env.ledger.entries += found.entries
+        env.entered(found.entries)
         for note in found.program.notes():
             env.note(note)
-        if found.unseen and (found.program.compared or env.checked):  # not in `graph`, which one rank may ask for
+        compared = found.program.compared or env.find(Checks) is not None
+        if found.unseen and compared:  # not in `graph`, which one rank may ask for
             compare(found.unseen.pop())
         return within(self.what, _call, found, args, leaves)
 

@@ -23,9 +23,10 @@ from functitan.ops.function import Call, current_level, has_derivative, is_diffe
 from functitan.sharding.collectives import refuse_forward_mode
 from functitan.sharding.context import Env, current, using
 from functitan.sharding.cut import carry_cut
-from functitan.sharding.ledger import Ledger
-from functitan.sharding.memo import Kept, Memo
+from functitan.sharding.ledger import Ledger, entering
+from functitan.sharding.memo import Kept, Memo, remembering
 from functitan.sharding.shapes import shapes_only
+from functitan.sharding.traced import Capture
 from functitan.transforms.draws import Source, again, first_time, unmoved
 from functitan.transforms.remat_policies import Budget, Made, Names, Policy, check_names, made, nothing_saveable
 
@@ -75,7 +76,7 @@ def recorded(
         memo = Memo(saves) if wants else None
         here = current()
         known["mark"] = None if here.float8 is None else here.float8.mark
-        with using(here._replace(memo=memo)):
+        with using(_with_memo(here, memo)):
             results, known["drawn"] = first_time(lambda: flat(*xs), sources, where)
         if isinstance(policy, Names):
             check_names(policy.names, names, where)
@@ -95,7 +96,8 @@ def recorded(
         phase = "backward" if here.phase == "forward" else here.phase
         memo = Memo(None, kept, known["notes"], where) if wants else None
         numbers = None if here.float8 is None else here.float8.at(known["mark"])
-        with using(here._replace(phase=phase, recomputed=True, memo=memo, float8=numbers)):
+        here = here._replace(phase=phase, recomputed=True, float8=numbers)
+        with using(_with_memo(here, memo)):
             results = again(lambda: flat(*xs), known["drawn"], env, where)
         if memo is not None:
             memo.finish()
@@ -153,6 +155,11 @@ def _pulled(region: Region, count: int, stored: int, wanted: tuple[int, ...], gi
     return Region(run, replay, region.env, known, region.where, again=True)
 
 
+def _with_memo(env: Env, memo: Memo | None) -> Env:
+    env = env.without(Memo)
+    return env if memo is None else env.inside(remembering(memo))
+
+
 def _stand_in(new: Sequence[Tensor], old: Sequence[Tensor], env: Env) -> None:
     """Weights whose gradients wait are known by their tensors, and these are others with all of their cotangents."""
     if env.deferred is not None:
@@ -200,7 +207,7 @@ def _batched(region: Region, in_dims: tuple[Any, ...], size: int, randomness: st
 class _Region(torch.autograd.Function):
     @staticmethod
     def forward(region: Region, *tensors: Tensor) -> Tensors:  # type: ignore[override]
-        env = region.env._replace(vmap_axes=(), differentiated=False, memo=None)
+        env = region.env.without(Memo)._replace(vmap_axes=(), differentiated=False)
         with using(env), torch.enable_grad(), _marked(region):
             inputs = tuple(carry_cut(x, x.detach()) for x in tensors)
             _stand_in(inputs, tensors, env)
@@ -249,7 +256,7 @@ class _Region(torch.autograd.Function):
 
 def _marked(region: Region) -> AbstractContextManager[Any]:
     """In a capture, the nodes of one recomputation bear its number, and passes keep them apart from forward's."""
-    capture = region.env.capture
+    capture = region.env.find(Capture)
     if capture is None or not region.again:
         return nullcontext()
     capture.recomputations += 1
@@ -281,7 +288,7 @@ def _dry_run(region: Region, tensors: Tensors) -> list[Made]:
         return False
 
     region.known["accepts"] = note
-    env = current().key._replace(mesh=mesh, ledger=ledger, capture=None)
+    env = current()._replace(mesh=mesh, around=(entering(ledger),))
     with _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True), using(env):
         region.run(*(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in tensors))
     return calls

@@ -16,6 +16,7 @@ from functitan.errors import FunctitanError, report
 from functitan.ops.autocast import replayed
 from functitan.ops.function import transforms_active
 from functitan.sharding.context import current, using
+from functitan.sharding.memo import Memo
 from functitan.transforms.closures import GENERATORS, problems_and_generators
 from functitan.transforms.draws import sources_of
 from functitan.transforms.flat import join, of_tensors, split
@@ -60,7 +61,7 @@ def remat(fn: Callable[..., Any], *, policy: Policy | Budget = nothing_saveable,
             if problems:
                 raise FunctitanError(report(where, problems, FIX_CLOSURE))
         if not transforms_active() and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
-            with using(env._replace(memo=None)):  # of a remat around this one
+            with using(env.without(Memo)):  # of a remat around this one
                 return fn(*args, **kwargs)
         again = replayed(fn)
         flat, result = of_tensors(lambda given: again(*given[0], **given[1]), form)

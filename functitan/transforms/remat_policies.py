@@ -14,8 +14,9 @@ from torch import Tensor
 
 from functitan.errors import FunctitanError, nearest, report
 from functitan.ops.contraction import Static
-from functitan.ops.function import NAME, Call
+from functitan.ops.function import Call
 from functitan.sharding.context import Env
+from functitan.sharding.memo import NAME
 
 
 class Made(NamedTuple):

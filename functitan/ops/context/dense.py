@@ -31,7 +31,6 @@ def dense(
         if not needs_higher_derivatives(env):
             out = scaled_dot_product_attention(q, k, v, seen, 0.0, causal, scale=scale, enable_gqa=grouped)
             return out.transpose(-3, -2)
-        if env.ledger is not None and _MATH not in env.ledger.notes:
-            env.ledger.notes.append(_MATH)
+        env.note(_MATH)
         added = None if seen is None else torch.where(seen, 0.0, -torch.inf).to(q.dtype)
         return _math(q, k, v, added, 0.0, causal, scale=scale, enable_gqa=grouped)[0].transpose(-3, -2)

@@ -68,12 +68,10 @@ class _Layouts(NamedTuple):
 
 def lowered(asked: Asked, q: Tensor, k: Tensor, v: Tensor, env: Env) -> Tensor:
     """Choose how attention meets a sequence that lies as the rules say, bring its operands there, and attend."""
-    assert env.mesh is not None
     axes, kv_axes, label = asked.axes, asked.kv_axes, asked.label
     once = not needs_second_derivative(env)
-    if env.memo is not None:  # the calls of the other way have other numbers
-        env = env._replace(memo=env.memo.within(*label, "blockwise" if once else "dense"))
-        assert env.mesh is not None
+    env = env.lowered(label, "blockwise" if once else "dense")
+    assert env.mesh is not None
     given = [q, k, v, *(x for marks in (asked.marks, asked.key_marks or ()) for x in marks if x is not None)]
     every = tuple(sorted({hidden for x in given for hidden in hidden_axes(x, env)}))
     q, k, v = (lift(Type(its), x, every, env, label) for its, x in ((axes, q), (kv_axes, k), (kv_axes, v)))
