@@ -26,9 +26,9 @@ LAYERS = [
         "sharding.sequence",
     ],
     ["sharding.context", "sharding.distributed", "sharding.virtual", "sharding.ledger", "sharding.program"]
-    + ["sharding.memo", "sharding.symmetric", "sharding.deferred", "sharding.point_to_point", "sharding.messages"]
+    + ["sharding.memo", "sharding.symmetric", "sharding.point_to_point", "sharding.messages"]
     + ["sharding.agreement", "sharding.steps", "sharding.collectives", "sharding.explain", "sharding.init"]
-    + ["sharding.cut", "sharding.shapes", "sharding.around"]
+    + ["sharding.cut", "sharding.shapes", "sharding.around", "sharding.lowering", "sharding.sink"]
     + ["sharding.launch", "sharding.simulate", "sharding.traced", "sharding.lowered", "sharding"],
     ["ops", "ops.*", "random", "capture", "capture.*"],
     ["nn", "nn.*", "transforms", "transforms.*"],

@@ -191,11 +191,11 @@ def test_what_waits_holds_operands_and_cotangents_alone():
     x = torch.randn(rows, wide)
     results, _, its = forward(fn, weights, sums, [x], current(), True)
     backward(its, [torch.ones_like(results[0])])
-    assert len(its.deferred) == 2 and all(not total.any() for total in sums)
-    held = [x for _, product in its.deferred._waiting for x in product.args[1]]
+    assert len(its.sink) == 2 and all(not total.any() for total in sums)
+    held = [x for _, product in its.sink._waiting for x in product.args[1]]
     assert sorted(tuple(t.shape) for t in held) == [(rows, wide)] * 4  # x and its product's cotangent, h and its
     weight_half(its)
-    assert len(its.deferred) == 0
+    assert len(its.sink) == 0
     leaves = [w.clone().requires_grad_() for w in weights]
     torch.tanh((x @ leaves[0]).sin()).matmul(leaves[1]).cos().sum().backward()
     assert_trees_all_close(sums, [w.grad for w in leaves])
@@ -225,7 +225,7 @@ def test_the_bubble_on_a_virtual_clock_is_the_predicted_one(name, monkeypatch):
 
         return timed
 
-    whole = lambda args: COSTS["input"] + COSTS["weight"] * (not args[0].deferred._waits)
+    whole = lambda args: COSTS["input"] + COSTS["weight"] * (not args[0].sink._waits)
     monkeypatch.setattr(step, "forward", spends(step.forward, lambda args: COSTS["forward"]))
     monkeypatch.setattr(step, "backward", spends(step.backward, whole))
     monkeypatch.setattr(step, "weight_half", spends(step.weight_half, lambda args: COSTS["weight"]))

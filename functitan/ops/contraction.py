@@ -16,7 +16,7 @@ from torch import Tensor
 from functitan.ops.arithmetic import Arithmetic, plain
 from functitan.ops.function import Call, Hidden, Hiddens, Op, apply, hidden_axes, hide
 from functitan.ops.local import add_product, product
-from functitan.ops.schedule import run_plan
+from functitan.ops.schedule import Running, plain_sum, run_plan
 from functitan.ops.types import Type, check_cotangents, resolve
 from functitan.sharding.choice import FREE, Fixed
 from functitan.sharding.context import Env
@@ -24,6 +24,7 @@ from functitan.sharding.contraction import Contraction, Term, cotangents, tangen
 from functitan.sharding.message import Label
 from functitan.sharding.plan import Plan, plan
 from functitan.sharding.precision import cast
+from functitan.sharding.sink import Sink
 
 Dtypes = tuple[torch.dtype | None, ...]
 
@@ -69,7 +70,7 @@ def contract(
     mesh = env.mesh.sizes
     full, hidden = resolve(typed, tensors, env, label)
     chosen = plan(full, mesh, fixed)
-    seen = env.sees_every_op or defers(tensors, env)
+    seen = env.sees_every_op or sink_of(tensors, env) is not None
     simple = chosen.is_local and reduction == "sum" and arithmetic is None and not seen
     if simple and _transposes_locally(full, env, fixed):
         with env.span(*label):
@@ -80,9 +81,13 @@ def contract(
     return apply(Call(_LINEAR if linear else _PRODUCT, env, static, *hidden), *tensors)
 
 
-def defers(tensors: Iterable[Any], env: Env) -> bool:
-    """True if one of the operands is a weight whose gradient is to wait: plain torch ops would compute it at once."""
-    return env.deferred is not None and any(env.deferred.number(x) is not None for x in tensors)
+def sink_of(tensors: Iterable[Any], env: Env) -> Sink | None:
+    """The sink of these surroundings, if one of the operands is a weight whose gradient goes there.
+
+    Plain torch ops would compute it at once.
+    """
+    sink = env.find(Sink) if env.lowering else None
+    return sink if sink is not None and any(sink.number(x) is not None for x in tensors) else None
 
 
 def move(now: Type, then: Type, x: Tensor, env: Env, label: Label, sizes: Sizes = ()) -> Tensor:
@@ -112,20 +117,21 @@ def lift(own: Type, x: Tensor, hidden: Hiddens, env: Env, label: Label) -> Tenso
 
 def _run(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
     static: Static = call.static
-    return run_plan(
-        static.full, static.plan, tensors, static.made, static.reduction, static.arithmetic, call.env, static.label
-    )
+    full, chosen, env, label = static.full, static.plan, call.env, static.label
+    summed = env.rewritten(full, chosen, label) or plain_sum
+    running = Running(full, chosen, tensors, static.arithmetic, static.reduction, env, label)
+    return run_plan(running, static.made, summed)
 
 
 def _vjp(call: Call, tensors: tuple[Tensor, ...], _: Any, grads: tuple[Tensor | None, ...], wanted: tuple[int, ...]):
     assert call.static.reduction == "sum", "a maximum is not linear: ops that use it give their own vjp"
-    deferred = call.env.deferred
-    numbers = {i: None if deferred is None or not tensors else deferred.number(tensors[i]) for i in wanted}
+    sink = call.env.find(Sink)
+    numbers = {i: None if sink is None or not tensors else sink.number(tensors[i]) for i in wanted}
     now = tuple(i for i in wanted if numbers[i] is None)
-    if deferred is not None and (waiting := tuple(i for i in wanted if numbers[i] is not None)):
+    if sink is not None and (waiting := tuple(i for i in wanted if numbers[i] is not None)):
         places, typed, inputs, options = _transposed(call, tensors, grads, waiting)
         product = partial(_add_contracted, typed, inputs, call.transposed(), call.static.label, **options)
-        deferred.put(tuple(numbers[i] for i in places), product)  # type: ignore[misc]
+        sink.put(tuple(numbers[i] for i in places), product)  # type: ignore[misc]
     if not now:
         return (None,) * len(wanted)
     places, typed, inputs, options = _transposed(call, tensors, grads, now)

@@ -13,20 +13,20 @@ from torch import Tensor
 
 from functitan.axes import Axes, Signature, parse_signature, write_axes
 from functitan.errors import PatternError, nearest, report
+from functitan.ops.arithmetic import Arithmetic
 from functitan.ops.autocast import autocast_is_on, in_precision
-from functitan.ops.contraction import contract, defers
-from functitan.ops.float8 import converted
+from functitan.ops.contraction import contract, sink_of
 from functitan.ops.local import product
 from functitan.ops.operands import Operand, check_operands
 from functitan.ops.remembered import made
 from functitan.ops.types import Type
 from functitan.ops.weights import are_pairs, weighted
-from functitan.sharding.context import current
+from functitan.sharding.context import Env, current
 from functitan.sharding.contraction import Contraction, terms_of
 from functitan.sharding.cut import MARK
-from functitan.sharding.deferred import Deferred
 from functitan.sharding.message import Label
 from functitan.sharding.precision import in_compute
+from functitan.sharding.sink import Sink
 
 
 def einsum(pattern: str, *tensors: Tensor) -> Any:
@@ -46,11 +46,11 @@ def einsum(pattern: str, *tensors: Tensor) -> Any:
     """
     signature, typed = _parse(pattern)
     env = current()
-    arithmetic = None
-    if env.float8 is not None and _are_tensors(signature, tensors):
-        arithmetic = converted(pattern, signature, tensors, env)
-    deferred = env.deferred if defers(tensors, env) else None
-    planned = deferred is not None and not (env.precision is None and are_pairs(signature))
+    arithmetic, sink = None, None
+    if env.lowering:
+        arithmetic = _arithmetic(pattern, signature, tensors, env)
+        sink = sink_of(tensors, env)
+    planned = sink is not None and not (env.precision is None and are_pairs(signature))
     if env.sees_every_op or arithmetic is not None or planned:  # all want the named op
         env = env.on_one_rank(tuple(axis for axes in signature.operands for axis in axes))
     if (env.mesh is not None or env.precision is not None) and autocast_is_on():  # else torch casts, and rightly
@@ -71,9 +71,9 @@ def einsum(pattern: str, *tensors: Tensor) -> Any:
         try:
             if env.around:
                 with env.span("einsum", pattern):
-                    results = _products(signature, given, deferred)
+                    results = _products(signature, given, sink)
             else:
-                results = _products(signature, given, deferred)
+                results = _products(signature, given, sink)
         except RuntimeError:
             _check(pattern, signature, given)  # a sparse tensor, say
             raise
@@ -86,16 +86,21 @@ def einsum(pattern: str, *tensors: Tensor) -> Any:
     return results[0] if len(results) == 1 else results
 
 
-def _are_tensors(signature: Signature, tensors: tuple[Any, ...]) -> bool:
-    """Whether the operands may be asked for more; if not, the check of every einsum says why."""
+def _arithmetic(pattern: str, signature: Signature, tensors: tuple[Any, ...], env: Env) -> Arithmetic | None:
+    """The arithmetic that a lowering gives this einsum, if any does."""
     ranks = [x.dim() if isinstance(x, Tensor) else None for x in tensors]
-    return ranks == [len(axes) for axes in signature.operands]
+    if ranks != [len(axes) for axes in signature.operands]:
+        return None  # the check of every einsum says why
+    given = (
+        each.arithmetic(each.state, pattern, signature, tensors, env)
+        for each in env.lowering
+        if each.arithmetic is not None
+    )
+    return next((found for found in given if found is not None), None)
 
 
-def _products(
-    signature: Signature, tensors: tuple[Tensor, ...], deferred: Deferred | None = None
-) -> tuple[Tensor, ...]:
-    multiply = product if deferred is None else partial(weighted, deferred=deferred)
+def _products(signature: Signature, tensors: tuple[Tensor, ...], sink: Sink | None = None) -> tuple[Tensor, ...]:
+    multiply = product if sink is None else partial(weighted, sink=sink)
     if len(signature.results) == 1:
         return (multiply(signature.operands, signature.results[0], tensors),)
     terms = terms_of(len(tensors), len(signature.results))

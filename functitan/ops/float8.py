@@ -36,6 +36,7 @@ from functitan.ops.types import global_sizes
 from functitan.sharding.context import Env
 from functitan.sharding.contraction import Contraction, terms_of
 from functitan.sharding.float8 import BLOCK, Float8, Matmul
+from functitan.sharding.lowering import Lowering
 from functitan.sharding.message import Label
 from functitan.sharding.rules import Dims
 from functitan.sharding.steps import send
@@ -59,10 +60,19 @@ class _Einsum(NamedTuple):
     rows: tuple[int, int]
 
 
-def converted(pattern: str, signature: Signature, tensors: tuple[Tensor, ...], env: Env) -> Arithmetic | None:
+def lowering(told: Float8) -> Lowering:
+    """The lowering of a function inside `ft.float8`."""
+    return Lowering(told, arithmetic=converted, mark=_mark, at=Float8.at)
+
+
+def _mark(told: Float8) -> Any:
+    return told.mark
+
+
+def converted(
+    told: Float8, pattern: str, signature: Signature, tensors: tuple[Tensor, ...], env: Env
+) -> Arithmetic | None:
     """The arithmetic of an einsum inside `ft.float8`; `None` for one that stays as it is, which a ledger notes."""
-    told = env.float8
-    assert told is not None
     why = _why_not(pattern, signature, tensors, env, told)
     text = f"einsum({pattern!r})"
     emulated = ", emulated" if told.emulate or told.recipe.blocks else ""

@@ -13,7 +13,8 @@ from torch import Tensor
 from functitan.axes import Axes
 from functitan.ops.arithmetic import Arithmetic, Value
 from functitan.ops.local import product
-from functitan.ops.ring import Ring, Work
+from functitan.ops.ring import Ring
+from functitan.ops.schedule import Work
 from functitan.sharding.steps import enter_fused, summed_in
 from functitan.sharding.symmetric import fits, gather_matmul, matmul_scatter
 

@@ -18,7 +18,6 @@ from functitan.ops.contraction import lift
 from functitan.ops.function import Call, Hidden, Hiddens, Op, apply, hidden_axes, hide, peeled
 from functitan.ops.operands import Operand, check_operands
 from functitan.ops.order import slots_of, zigzag_ranks
-from functitan.ops.pipelined import rings_here
 from functitan.ops.remembered import made
 from functitan.ops.rows import LookupAxes, put_rows, take_rows
 from functitan.ops.types import Type, check_cotangents, global_sizes, resolve
@@ -206,7 +205,7 @@ def _lookup(
 def _run(call: Call, *tensors: Tensor) -> tuple[Tensor]:
     static: _Static = call.static
     assert call.env.mesh is not None
-    rings_here(static.full, static.plan, call.env, static.label)  # none: a lookup is no matmul
+    call.env.rewritten(static.full, static.plan, static.label)  # says why not: a lookup is no product of matrices
     ((group,),) = static.plan.results
     (item,) = group.products
     moved = []

@@ -8,31 +8,108 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from functitan.ops.arithmetic import Arithmetic, Value
 from functitan.ops.fused import fused_gather, fused_scatter
-from functitan.ops.ring import Ring, Work
+from functitan.ops.ring import Ring
+from functitan.ops.schedule import Part, Running, Sum, Work
 from functitan.sharding.context import Env
 from functitan.sharding.contraction import Contraction
+from functitan.sharding.lowering import Lowering
 from functitan.sharding.message import Label, span_name
-from functitan.sharding.plan import Plan
+from functitan.sharding.moves import Step
+from functitan.sharding.plan import Plan, Product
 from functitan.sharding.precision import cast
-from functitan.sharding.rings import NONE, Rings, rings
+from functitan.sharding.rings import Pipelining, local_size, rings
 from functitan.sharding.steps import summed_in
 
 
-def rings_here(full: Contraction, plan: Plan, env: Env, label: Label) -> Rings:
-    """The rings of a plan, as these surroundings ask. A step that stays as it is becomes a note of the ledger."""
-    if env.pipelined is None or plan.is_local:
-        return NONE
-    found = rings(full, plan, env.pipelined.dims)
+def lowering(asked: Pipelining) -> Lowering:
+    """The lowering of a function inside `ft.async_tp`."""
+    return Lowering(asked, rewrite=rewritten)
+
+
+def rewritten(
+    asked: Pipelining, full: Contraction, plan: Plan, env: Env, label: Label
+) -> Callable[[Running, int, int], Sum] | None:
+    """The sums of a plan in which rings run beside products; `None` where it has no ring.
+
+    A step that stays as it is becomes a note of the ledger.
+    """
+    if plan.is_local:
+        return None
+    found = rings(full, plan, asked.dims)
     for step, why in found.left:
         where = span_name(*label, env.phase, env.recomputed)
         env.note(f"async_tp: {step.kind} over {', '.join(step.dims)} of {where} is not pipelined: {why}")
-    return found
+    if not (found.gathers or found.scatters):
+        return None
+    return partial(_summed, _Rings(dict(found.gathers), set(found.scatters), asked.pieces, {}))
+
+
+class _Rings(NamedTuple):
+    """The rings of one run of a plan, and the products that those have given already."""
+
+    gathers: dict[int, int]
+    scatters: set[tuple[int, int]]
+    pieces: int
+    streamed: dict[Part, Tensor]
+
+
+def _summed(found: _Rings, running: Running, result: int, group: int) -> Sum:
+    """The sum of a group's products, as `schedule.plain_sum` gives it, beside rings where the plan has some."""
+    parts, steps = running.parts[result][group], running.plan.results[result][group].steps
+    if (result, group) in found.scatters:
+        y, own = _scattered(found, running, result, steps[0], parts)
+        return y, own, steps[1:]
+    first, *others = (_product(found, running, part) for part in parts)
+    y = sum(others, first)
+    return y, y.dtype, steps
+
+
+def _product(found: _Rings, running: Running, part: Part) -> Tensor:
+    streams = next((key for key in part.keys if key[0] in found.gathers), None)
+    if streams is None:
+        return running.product(part)
+    if part not in found.streamed:
+        place, steps = running.plan.moved[streams[0]]
+        at = found.gathers[streams[0]]
+        step, others = steps[at], steps[:at] + steps[at + 1 :]
+        together = [other for other in running.every if streams in other.keys]
+        works = [(other.keys.index(streams), running.work(other, streams)) for other in together]
+        assert step.source is not None
+        axis = step.source.axis
+        size = local_size(running.tensors[place].shape[axis], axis, others)
+        name = running.full.operands[place].axes[axis]
+        ring = Ring(name, step.dims, size, found.pieces, running.env, running.label)
+        values = after_gather(ring, running.moved(streams, others), works, running.how)
+        found.streamed.update(zip(together, values, strict=True))
+    return found.streamed[part]
+
+
+def _scattered(
+    found: _Rings, running: Running, result: int, step: Step, parts: list[Part]
+) -> tuple[Tensor, torch.dtype]:
+    assert step.target is not None and running.env.mesh is not None
+    axis = running.full.results[result].axes[step.target.axis]
+    size = _size(running, parts[0].item, axis) // running.env.mesh.sizes.size(step.dims)
+    ring = Ring(axis, step.dims, size, found.pieces, running.env, running.label)
+    return before_scatter(ring, [running.work(part) for part in parts], running.how)
+
+
+def _size(running: Running, item: Product, axis: str) -> int:
+    """The local size of an axis in a product."""
+    moved = (running.plan.moved[i] for i in item.moved)
+    places = ((place, steps, running.full.operands[place].axes) for place, steps in moved)
+    return next(
+        local_size(running.tensors[place].shape[axes.index(axis)], axes.index(axis), steps)
+        for place, steps, axes in places
+        if axis in axes
+    )
 
 
 def after_gather(ring: Ring, x: Value, works: list[tuple[int, Work]], how: Arithmetic) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""A ring of ranks, and the local products that run beside it.
+"""A ring of ranks, beside which local products run.
 
 Invariant: every rank of the group cuts its part of the axis alike.
 """
@@ -11,37 +11,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from functitan.axes import Axes
-from functitan.ops.arithmetic import Arithmetic, Value
+from functitan.ops.schedule import Piece
 from functitan.sharding.context import Env
 from functitan.sharding.message import Label, Passing
 from functitan.sharding.rules import Dims
 from functitan.sharding.steps import start
 
-Piece = tuple[int, int]  # (start, length) along an axis
 _UNIT = 32  # tiles of matmuls, and blocks of float8 formats, are not cut
-
-
-class Work(NamedTuple):
-    """One local product: its operands, the axes of its result, and the sizes of those that it broadcasts."""
-
-    axes: tuple[Axes, ...]
-    values: tuple[Value, ...]
-    result: Axes
-    broadcast: tuple[tuple[str, int], ...]
-
-    def run(self, how: Arithmetic) -> Tensor:
-        """The product."""
-        return how.product(self.axes, self.result, self.values, self.broadcast)
-
-    def part(self, how: Arithmetic, axis: str, piece: Piece, given: dict[int, Value] | None = None) -> Tensor:
-        """The product of a piece of an axis; `given` are values that are such a piece, by their places."""
-        known = given or {}
-        cut = (
-            known[i] if i in known else how.narrow(value, own.index(axis), *piece) if axis in own else value
-            for i, (own, value) in enumerate(zip(self.axes, self.values, strict=True))
-        )
-        return self._replace(values=tuple(cut)).run(how)
 
 
 class Ring(NamedTuple):
@@ -50,6 +26,7 @@ class Ring(NamedTuple):
     axis: str
     dims: Dims
     size: int
+    most: int  # pieces that a part is cut into
     env: Env
     label: Label
 
@@ -62,10 +39,9 @@ class Ring(NamedTuple):
     @property
     def pieces(self) -> list[Piece]:
         """A part cut into the pieces that travel, as even as can be: at multiples of 32, if the part is one."""
-        assert self.env.pipelined is not None
         unit = _UNIT if self.size % _UNIT == 0 else 1
         units = self.size // unit
-        count = max(1, min(self.env.pipelined.pieces, units))
+        count = max(1, min(self.most, units))
         ends = [units * i // count * unit for i in range(count + 1)]
         return [(begin, end - begin) for begin, end in pairwise(ends)]
 

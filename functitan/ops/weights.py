@@ -1,7 +1,7 @@
 """Products of weights without a mesh, whose gradients are added up where they are made, or wait.
 
 Invariant: the local products, and the order of sums, are those of the named op, which plans them on a mesh: this is
-the same without its planning. A first reverse derivative, by plain autograd, as all that `Env.deferred` serves.
+the same without its planning. A first reverse derivative, by plain autograd, as all that a `Sink` serves.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from functitan.axes import Axes, Signature
 from functitan.ops.local import add_product, product
 from functitan.sharding.contraction import terms_of
-from functitan.sharding.deferred import Deferred
+from functitan.sharding.sink import Sink
 
 
 @cache
@@ -33,16 +33,16 @@ def are_pairs(signature: Signature) -> bool:
     return True
 
 
-def weighted(axes: tuple[Axes, ...], result: Axes, tensors: tuple[Tensor, ...], deferred: Deferred) -> Tensor:
-    """The product of two tensors; the gradients of those that are weights go to `deferred`."""
-    return _Weighted.apply(axes, result, deferred, *tensors)
+def weighted(axes: tuple[Axes, ...], result: Axes, tensors: tuple[Tensor, ...], sink: Sink) -> Tensor:
+    """The product of two tensors; the gradients of those that are weights go into the sink."""
+    return _Weighted.apply(axes, result, sink, *tensors)
 
 
 class _Weighted(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, axes: tuple[Axes, ...], result: Axes, deferred: Deferred, a: Tensor, b: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.axes, ctx.result, ctx.deferred = axes, result, deferred
-        ctx.numbers = deferred.number(a), deferred.number(b)
+    def forward(ctx: Any, axes: tuple[Axes, ...], result: Axes, sink: Sink, a: Tensor, b: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.axes, ctx.result, ctx.sink = axes, result, sink
+        ctx.numbers = sink.number(a), sink.number(b)
         ctx.save_for_backward(a, b)
         return product(axes, result, (a, b))
 
@@ -58,7 +58,7 @@ class _Weighted(torch.autograd.Function):
             if ctx.numbers[i] is None:
                 found[i] = product(given[0], own, given[1])
             else:
-                ctx.deferred.put((ctx.numbers[i],), partial(_add, *given, own))
+                ctx.sink.put((ctx.numbers[i],), partial(_add, *given, own))
         return None, None, None, *found
 
 

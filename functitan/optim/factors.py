@@ -14,6 +14,7 @@ from functitan.ops.function import requires_gradient
 from functitan.optim.kernels import refuse_donation, scaled, scaled_each, wide_dtype
 from functitan.optim.patterns import Leaf, leaves_of
 from functitan.sharding.context import current, using
+from functitan.sharding.float8 import Float8
 
 
 def times(what: str, values: tree.Tree, factor: float | Tensor, patterns: tree.Tree | None, donate: bool) -> tree.Tree:
@@ -41,7 +42,7 @@ def _summed(factors: list[Tensor]) -> bool:
 
 def _named(what: str, values: tree.Tree, factors: list[Tensor], patterns: tree.Tree | None, donate: bool) -> tree.Tree:
     refuse_donation(donate)
-    env = current()._replace(phase="update", precision=None, float8=None)
+    env = current().without(Float8)._replace(phase="update", precision=None)
     leaves, structure = tree.flatten(values)
     known = leaves_of(what, values, patterns, env)
     return tree.unflatten(structure, list(map(_product, known, leaves, factors)))

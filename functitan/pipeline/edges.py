@@ -21,6 +21,7 @@ from functitan.pipeline.stages import Stage
 from functitan.sharding.context import Env, using
 from functitan.sharding.layout import local_shape
 from functitan.sharding.shapes import shapes_only
+from functitan.sharding.sink import Sink
 from functitan.transforms.flat import Form, join, split
 from functitan.transforms.microbatches import Sums, added
 
@@ -73,7 +74,7 @@ def edges_of(stages: Sequence[Stage], part: Any, key: Tensor | None, env: Env, s
     mesh = env.mesh
     if mesh is not None:
         mesh = mesh._replace(transport=shapes_only())
-    quiet = env._replace(mesh=mesh, deferred=None, pipeline=None, around=())
+    quiet = env.without(Sink)._replace(mesh=mesh, pipeline=None, around=())
     found = [NOTHING]
     device = next((x.device for x in tree.leaves(part) if isinstance(x, Tensor)), torch.device("cpu"))
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), using(quiet):

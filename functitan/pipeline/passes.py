@@ -15,7 +15,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from functitan.ops.function import has_derivative
 from functitan.sharding.context import Env, using
-from functitan.sharding.deferred import Deferred
+from functitan.sharding.sink import Sink, into
 from functitan.transforms.add_into import add_into
 
 
@@ -25,7 +25,7 @@ class Pass(NamedTuple):
     ends: tuple[GradientEdge | None, ...]  # of the results; none of one without a gradient
     inputs: tuple[Tensor | None, ...]  # none for one without a gradient
     weights: tuple[Tensor, ...]
-    deferred: Deferred
+    sink: Sink
 
 
 def forward(
@@ -50,13 +50,13 @@ def forward(
         leaves = tuple(weights[i].detach().requires_grad_() for i in mine)
         given = [x.detach().requires_grad_() if has_derivative(x) else x for x in inputs]
         used = [add_into(x, totals[n], reached, n) for n, x in enumerate(leaves)]
-        deferred = Deferred(used, totals, reached, waits=split)
+        sink = Sink(used, totals, reached, waits=split)
         full = dict(enumerate(weights)) | dict(zip(mine, used, strict=True))
-        with using(env._replace(differentiated=True, deferred=deferred)):
+        with using(env.lowered_by(into(sink))._replace(differentiated=True)):
             results, beside = fn(list(full.values()), given)
         ends = tuple(get_gradient_edge(y) if y.requires_grad else None for y in results)
     starts = tuple(x if has_derivative(x) else None for x in given)
-    return [y.detach() for y in results], beside, Pass(ends, starts, leaves, deferred)
+    return [y.detach() for y in results], beside, Pass(ends, starts, leaves, sink)
 
 
 def backward(its: Pass, cotangents: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -73,4 +73,4 @@ def backward(its: Pass, cotangents: Sequence[Tensor | None]) -> tuple[Tensor | N
 
 def weight_half(its: Pass) -> None:
     """Work out the gradients that wait, and add them up."""
-    its.deferred.run()
+    its.sink.run()

@@ -18,15 +18,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from functitan.errors import MeshError, check_function, report
 from functitan.sharding.around import Around
-from functitan.sharding.deferred import Deferred
 from functitan.sharding.distributed import mesh_of
-from functitan.sharding.float8 import Float8
 from functitan.sharding.layout import Layout, layout_of
 from functitan.sharding.ledger import Ledger, entering
+from functitan.sharding.lowering import Lowering
 from functitan.sharding.mesh import Mesh, MeshSizes, Transport
 from functitan.sharding.message import Label, Message, Passing, span_name
 from functitan.sharding.precision import Precision
-from functitan.sharding.rings import Pipelining
 from functitan.sharding.rules import AxisRules, Dims, check_rules
 from functitan.sharding.sequence import DEFAULT, Sequence
 
@@ -43,11 +41,9 @@ class Env(NamedTuple):
     vmap_axes: tuple[tuple[int, str], ...] = ()  # (functorch level, name) of each `ft.vmap` around the op
     differentiated: bool = False  # by plain autograd, which torch.func's own stack does not show
     precision: Precision | None = None  # none: dtypes are left as they are
-    float8: Float8 | None = None
-    pipelined: Pipelining | None = None  # what runs beside matmuls; none: nothing does
     sequence: Sequence = DEFAULT  # how positions lie, and how attention meets them where they are sharded
     pipeline: Mesh | None = None  # of all pipeline stages, where `mesh` is that of the ranks of this one
-    deferred: Deferred | None = None  # takes the gradients of weights, of a backward whole or split in two
+    lowering: tuple[Lowering, ...] = ()  # how the plans of ops run; the last is of the innermost wrapper
     around: tuple[Around, ...] = ()  # what sees, or answers instead of, ops and messages; the first is the outermost
 
     @property
@@ -89,21 +85,48 @@ class Env(NamedTuple):
         return self._replace(around=(*self.around, around))
 
     def find(self, kind: type[T]) -> T | None:
-        """The state, of this type, of something that is around; `None` if there is none."""
-        return next((each.state for each in self.around if isinstance(each.state, kind)), None)
+        """The state, of this type, of something that is around, or of a lowering; `None` if there is none."""
+        for each in (*self.around, *self.lowering):
+            if isinstance(each.state, kind):
+                return each.state
+        return None
 
     def without(self, *kinds: type) -> Env:
         """These surroundings without what has a state of one of these types."""
-        return self._replace(around=tuple(each for each in self.around if not isinstance(each.state, kinds)))
+        around = tuple(each for each in self.around if not isinstance(each.state, kinds))
+        return self._replace(around=around, lowering=tuple(x for x in self.lowering if not isinstance(x.state, kinds)))
+
+    def lowered_by(self, lowering: Lowering) -> Env:
+        """These surroundings with a lowering, in the place of one with a state of its type."""
+        env = self.without(type(lowering.state))
+        return env._replace(lowering=(*env.lowering, lowering))
+
+    def rewritten(self, contraction: Any, plan: Any, label: Label) -> Callable[..., Any] | None:
+        """How a lowering takes and sums the products of a plan; `None` where none has anything to say."""
+        for each in self.lowering:
+            if each.rewrite is not None and (found := each.rewrite(each.state, contraction, plan, self, label)):
+                return found
+        return None
+
+    def marks(self) -> tuple[Any, ...]:
+        """Where lowerings stand that count what they meet."""
+        return tuple(None if each.mark is None else each.mark(each.state) for each in self.lowering)
+
+    def again(self, marks: tuple[Any, ...]) -> Env:
+        """These surroundings for a recomputation, whose lowerings stand at these marks."""
+        phase = "backward" if self.phase == "forward" else self.phase
+        lowering = tuple(each.again(mark) for each, mark in zip(self.lowering, marks, strict=True))
+        return self._replace(phase=phase, recomputed=True, lowering=lowering)
 
     @property
     def of_derivatives(self) -> Env:
         """These surroundings for the ops that a vjp calls."""
         phase = "backward" if self.phase == "forward" else self.phase
         around = tuple(each for each in self.around if each.is_of_derivatives)
-        return self._replace(phase=phase, recomputed=False, deferred=None, around=around)
+        lowering = tuple(each for each in self.lowering if each.is_of_derivatives)
+        return self._replace(phase=phase, recomputed=False, lowering=lowering, around=around)
 
-    def lowered(self, label: Label, way: str) -> Env:
+    def in_one_way(self, label: Label, way: str) -> Env:
         """These surroundings for the ops inside an op that is lowered in one of several ways."""
         each_inside = (each.inside(label, way) if each.inside is not None else each for each in self.around)
         return self._replace(around=tuple(each_inside)) if self.around else self

@@ -39,9 +39,6 @@ class Rings(NamedTuple):
     left: tuple[Unpipelined, ...]
 
 
-NONE = Rings((), (), ())
-
-
 @lru_cache(maxsize=2**14)  # as plans are
 def rings(full: Contraction, plan: Plan, dims: Dims) -> Rings:
     """The rings of a plan over these mesh dims. A product has one ring: of its first operand that needs one, or after.

@@ -33,7 +33,7 @@ class _AddInto(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[None, None]:  # type: ignore[override]
-        if g is not None:  # what waits in `Env.deferred` does not come here
+        if g is not None:  # what goes into a `Sink` does not come here
             ctx.its.total.add_(g)
             ctx.its.reached.add(ctx.its.number)
         return None, None

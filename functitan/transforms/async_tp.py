@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from functitan.errors import MeshError, check_function, report
+from functitan.ops.pipelined import lowering
 from functitan.sharding.context import current, using
 from functitan.sharding.ledger import Ledger, entering
 from functitan.sharding.mesh import MeshSizes, check_dim, is_size
@@ -54,7 +55,7 @@ def async_tp(fn: Callable[..., Any], *, dims: str | Sequence[str] = "tp", pieces
             return fn(*args, **kwargs)
         _check_mesh(asked, env.mesh.sizes)
         own = Ledger()
-        with using(env._replace(pipelined=Pipelining(asked, pieces)).inside(entering(own))):
+        with using(env.lowered_by(lowering(Pipelining(asked, pieces))).inside(entering(own))):
             out = fn(*args, **kwargs)
         ran = (entry for entry in own if entry.hidden and {*asked} & {*entry.mesh_dims})
         if not env.recomputed and not any(ran):  # a recomputation may find all that it needs stored

@@ -24,6 +24,7 @@ from functitan.ops.autocast import FIX_AUTOCAST, autocast_is_on
 from functitan.ops.function import requires_gradient, transforms_active
 from functitan.sharding.context import Env, current, using
 from functitan.sharding.memo import Memo
+from functitan.sharding.sink import Sink
 from functitan.transforms.closures import closure_problems
 from functitan.transforms.draws import FIX_DRAWS, draws
 from functitan.transforms.flat import TENSOR, Form, join, of_tensors, split
@@ -115,7 +116,7 @@ class _Call:
 
 def _region(its: _Call, xs: tuple[Tensor, ...]) -> Region:
     """What was made for such a call, or is now."""
-    env = its.env._replace(around=(), differentiated=False, vmap_axes=(), deferred=None)
+    env = its.env.without(Sink)._replace(around=(), differentiated=False, vmap_axes=())
     shapes = tuple((x.shape, x.stride(), x.dtype, x.device) for x in xs)
     made_for, statics = (shapes, its.wanted, its.form.structure, env), its.form.leaves
     alike = [region for region in its.compiled.regions if region.made_for == made_for]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from functitan.axes import parse_axes
 from functitan.errors import FunctitanError, check_function, nearest, report
+from functitan.ops.float8 import lowering
 from functitan.sharding.context import Env, current, using
 from functitan.sharding.float8 import FIX_STATE, RECIPES, Delayed, DelayedState, Float8, Matmul
 from functitan.sharding.message import Label
@@ -76,7 +77,7 @@ def float8(
     def inside(*args: Any, **kwargs: Any) -> Any:
         if told.recipe.source == "state":
             return _delayed(fn, told, history, args, kwargs)
-        with using(current()._replace(float8=told)):
+        with using(current().lowered_by(lowering(told))):
             return fn(*args, **kwargs)
 
     return inside
@@ -84,7 +85,8 @@ def float8(
 
 def outside(env: Env) -> str:
     """The complaint about a state that a program captured here would not be given, or the empty string."""
-    held = env.float8 is not None and env.float8.delayed is not None
+    told = env.find(Float8)
+    held = told is not None and told.delayed is not None
     return "the state of the ft.float8(recipe='delayed') around it is no argument of it" if held else ""
 
 
@@ -97,7 +99,7 @@ def _delayed(fn: Callable[..., Any], told: Float8, history: int, args: Any, kwar
     known = [None if state is None or not n else state[i].amax(1) for i, n in enumerate(rows)]
     delayed = Delayed((known[0], known[1]), rows, history)
     env = current()
-    with using(env._replace(float8=told._replace(delayed=delayed))):
+    with using(env.lowered_by(lowering(told._replace(delayed=delayed)))):
         out = fn(*args, **kwargs)
     return out, delayed.next(state, functools.partial(_of_all_ranks, env, delayed))
 

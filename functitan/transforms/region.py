@@ -26,6 +26,7 @@ from functitan.sharding.cut import carry_cut
 from functitan.sharding.ledger import Ledger, entering
 from functitan.sharding.memo import Kept, Memo, remembering
 from functitan.sharding.shapes import shapes_only
+from functitan.sharding.sink import Sink
 from functitan.sharding.traced import Capture
 from functitan.transforms.draws import Source, again, first_time, unmoved
 from functitan.transforms.remat_policies import Budget, Made, Names, Policy, check_names, made, nothing_saveable
@@ -75,7 +76,7 @@ def recorded(
 
         memo = Memo(saves) if wants else None
         here = current()
-        known["mark"] = None if here.float8 is None else here.float8.mark
+        known["marks"] = here.marks()
         with using(_with_memo(here, memo)):
             results, known["drawn"] = first_time(lambda: flat(*xs), sources, where)
         if isinstance(policy, Names):
@@ -93,10 +94,8 @@ def recorded(
         left = iter(stored)
         kept = tuple(Kept(place, tuple(next(left) for _ in range(n))) for place, n in known["places"])
         here = current()
-        phase = "backward" if here.phase == "forward" else here.phase
         memo = Memo(None, kept, known["notes"], where) if wants else None
-        numbers = None if here.float8 is None else here.float8.at(known["mark"])
-        here = here._replace(phase=phase, recomputed=True, float8=numbers)
+        here = here.again(known["marks"])
         with using(_with_memo(here, memo)):
             results = again(lambda: flat(*xs), known["drawn"], env, where)
         if memo is not None:
@@ -162,8 +161,8 @@ def _with_memo(env: Env, memo: Memo | None) -> Env:
 
 def _stand_in(new: Sequence[Tensor], old: Sequence[Tensor], env: Env) -> None:
     """Weights whose gradients wait are known by their tensors, and these are others with all of their cotangents."""
-    if env.deferred is not None:
-        env.deferred.renamed(old, new)
+    if (sink := env.find(Sink)) is not None:
+        sink.renamed(old, new)
 
 
 def _grads(inputs: list[Tensor], pairs: list[tuple[Tensor, Tensor]]) -> Sequence[Tensor | None]:

@@ -70,7 +70,7 @@ def lowered(asked: Asked, q: Tensor, k: Tensor, v: Tensor, env: Env) -> Tensor:
     """Choose how attention meets a sequence that lies as the rules say, bring its operands there, and attend."""
     axes, kv_axes, label = asked.axes, asked.kv_axes, asked.label
     once = not needs_second_derivative(env)
-    env = env.lowered(label, "blockwise" if once else "dense")
+    env = env.in_one_way(label, "blockwise" if once else "dense")
     assert env.mesh is not None
     given = [q, k, v, *(x for marks in (asked.marks, asked.key_marks or ()) for x in marks if x is not None)]
     every = tuple(sorted({hidden for x in given for hidden in hidden_axes(x, env)}))

@@ -10,10 +10,17 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
+from functitan.sharding.lowering import Lowering
+
 Product = Callable[[Sequence[Tensor]], None]  # adds the gradients of some weights to their totals
 
 
-class Deferred:
+def into(sink: Sink) -> Lowering:
+    """The lowering by which the gradients of weights go into a sink."""
+    return Lowering(sink, is_of_derivatives=False)
+
+
+class Sink:
     """`totals` take the gradients of the weights; they wait until `run` if `waits`. `reached`: which have any."""
 
     def __init__(self, weights: Iterable[Tensor], totals: Sequence[Tensor], reached: set[int], waits: bool) -> None:
