@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 import functitan as ft
 from functitan.axes import parse_axes, write_axes, write_signature
-from functitan.sharding.context import Taps, current, using
+from functitan.sharding.around import Around
+from functitan.sharding.context import current, using
 from functitan.sharding.contraction import terms_of
 from functitan.testing.sharded import assert_close, sharded
 from functitan.testing.strategies import AXES, axis_sizes, meshes, rules_tables, signatures
@@ -369,13 +370,14 @@ def test_what_a_transpose_runs_is_of_the_phase_backward(op, data):
     case = data.draw(op())
 
     def rank(*tensors):
-        floats, taps = [tensors[i] for i in case.floats], Taps()
+        floats, taps = [tensors[i] for i in case.floats], []
+        see = lambda call, xs, run: taps.append(call) or run(call, xs)
         of_floats = lambda *xs: case.fn(*(dict(enumerate(tensors)) | dict(zip(case.floats, xs, strict=True))).values())
-        with using(current()._replace(taps=taps)):
+        with using(current().inside(Around(taps, op=see, sees_every_op=True))):
             outs, back = torch.func.vjp(of_floats, *floats)
-            forward = len(taps.entries)
+            forward = len(taps)
             grads = back(outs)
-        found = [tap.call.env.phase for tap in taps.entries]
+        found = [call.env.phase for call in taps]
         assert found == ["forward"] * forward + ["backward"] * (len(found) - forward)
         return grads
 

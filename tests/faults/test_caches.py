@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import UserDict
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -14,7 +15,11 @@ from hypothesis import strategies as st
 
 import functitan as ft
 from functitan.ops import types
+from functitan.sharding.around import Around
 from functitan.sharding.context import Env
+from functitan.sharding.ledger import Ledger, entering
+from functitan.sharding.program import checks
+from functitan.sharding.traced import Capture, capturing
 from functitan.transforms import compile as of_regions
 from functitan.transforms import jit as of_steps
 from functitan.transforms.statics import same
@@ -107,9 +112,10 @@ def test_who_watches_captures_nothing_anew(make, traced, tmp_path):
 
 def test_what_watches_is_no_part_of_the_key():
     env = Env(phase="update", recomputed=True)
-    watched = env._replace(ledger=object(), taps=object(), checked=True, line="a.py:1", profiled=True)
-    assert watched.key == env.key == env
-    kept = {"mesh", "rules", "phase", "recomputed", "vmap_axes", "precision", "float8", "sequence", "pipelined"}
+    watched = env.inside(entering(Ledger())).inside(checks("a.py:1")).inside(Around(object(), span=nullcontext))
+    assert watched != watched.key == env.key == env
+    assert env.inside(capturing(Capture())).key != env.key
+    kept = {"mesh", "rules", "phase", "recomputed", "vmap_axes", "precision", "lowering", "sequence"}
     assert all(env._replace(**{name: "another"}).key != env.key for name in kept)
 
 
