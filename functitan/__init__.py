@@ -3,7 +3,11 @@
 from typing import TYPE_CHECKING
 
 from functitan import checkpoint, metrics, models, nn, optim, pipeline, random, testing, tree
+from functitan.attention.context_parallel import context_parallel, zigzag
+from functitan.attention.op import attention
 from functitan.axes import parse_axes
+from functitan.capture.jit import jit
+from functitan.capture.regional import compile
 from functitan.errors import (
     CaptureError,
     CheckpointError,
@@ -19,10 +23,9 @@ from functitan.errors import (
     RulesError,
     ScheduleError,
 )
+from functitan.float8.wrapper import float8
 from functitan.frozen import trainable
 from functitan.module import from_module
-from functitan.ops.attention import attention
-from functitan.ops.checkpoint_name import checkpoint_name
 from functitan.ops.dropout import dropout
 from functitan.ops.einsum import einsum
 from functitan.ops.linear_loss import linear_cross_entropy
@@ -32,8 +35,12 @@ from functitan.ops.move import constrain, reshard, shard, unshard
 from functitan.ops.norm import layer_norm, rms_norm
 from functitan.ops.rearrange import rearrange
 from functitan.ops.reduce import broadcast, count, reduce
+from functitan.overlap.async_tp import async_tp
 from functitan.param import Param
 from functitan.profiling import profile
+from functitan.remat import policies as remat_policies
+from functitan.remat.checkpoint_name import checkpoint_name
+from functitan.remat.wrapper import remat
 from functitan.sharding.context import as_mesh, record, spmd
 from functitan.sharding.distributed import make_mesh
 from functitan.sharding.explain import explain
@@ -43,17 +50,10 @@ from functitan.sharding.rules import AxisRules
 from functitan.sharding.simulate import simulate
 from functitan.state import TrainState
 from functitan.train import train_step
-from functitan.transforms import remat_policies
 from functitan.transforms.accumulate import accumulate
-from functitan.transforms.async_tp import async_tp
 from functitan.transforms.checked import check_equal, checked
-from functitan.transforms.compile import compile
-from functitan.transforms.context_parallel import context_parallel, zigzag
-from functitan.transforms.float8 import float8
 from functitan.transforms.grad import grad, hvp, jvp, value_and_grad
-from functitan.transforms.jit import jit
 from functitan.transforms.precision import precision
-from functitan.transforms.remat import remat
 from functitan.transforms.vmap import vmap
 
 if TYPE_CHECKING:

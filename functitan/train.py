@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from functitan import random, tree
+from functitan.capture.nodes import Capture
 from functitan.declared import Declared, check_declared
 from functitan.errors import FunctitanError, check_function, report
 from functitan.frozen import trained
@@ -35,7 +36,6 @@ from functitan.sharding.context import current, spmd, using, within
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.program import Checks
 from functitan.sharding.rules import AxisRules
-from functitan.sharding.traced import Capture
 from functitan.state import TrainState, declared_state
 from functitan.transforms.accumulate import accumulated
 from functitan.transforms.beside import check_ways, part_of

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1] / "functitan"
 
 RULES = {f"sharding.{name}" for name in ("rules", "layout", "choice", "moves", "plan", "contraction")}
 RULES |= {f"sharding.{name}" for name in ("message", "sequence")}
-RULES |= {"ops.types", "ops.context.route"}  # each step of a function in these is a rule step
+RULES |= {"ops.types", "attention.route"}  # each step of a function in these is a rule step
 TRANSPOSES = {  # functions of ops and collectives whose steps are those of a transpose or of a tangent
     *("vjp", "jvp", "_vjp", "_jvp", "backward", "transpose", "transposed", "batched", "cotangents", "tangents"),
     *("put_rows", "_show", "shown"),
@@ -29,7 +29,18 @@ PUBLIC = {"reduce", "broadcast", "constrain", "constrain_like", "where_whole", "
 REPLICATES = {"spread", "merge", "merge_scalars"}
 PUBLIC |= REPLICATES | {"move", "lift", "reshard"}
 PUBLIC |= {"all_gather", "reduce_scatter", "all_reduce", "all_to_all", "permute"}
-WHERE = ("ops", "optim", "nn", "models", "pipeline", "sharding", "transforms", "train")  # where collectives are called
+WINGS = ("attention", "capture", "float8", "overlap", "remat")
+WHERE = (
+    *WINGS,
+    "ops",
+    "optim",
+    "nn",
+    "models",
+    "pipeline",
+    "sharding",
+    "transforms",
+    "train",
+)  # where collectives are called
 
 # of a collective or reduction, another one
 OTHER = {"all_gather": "reduce_scatter", "reduce_scatter": "all_gather", "all_reduce": "all_gather"}
@@ -96,7 +107,11 @@ def _changes(module: str, tree: ast.Module) -> Iterator[tuple[str, Change]]:
                 *(_signs_of(node) if rules == 2 else ()),
             ]
             changes += _torchs_of(node) if module == "sharding.distributed" else []
-            changes += _places_of(node) if module.startswith(("ops.", "nn.", "transforms.")) else []
+            changes += (
+                _places_of(node)
+                if module.startswith(("ops.", "nn.", "transforms.", *(f"{wing}." for wing in WINGS)))
+                else []
+            )
             yield from ((name, change) for change in changes)
 
 
@@ -110,7 +125,9 @@ def _functions(module: str, tree: ast.AST, prefix: str = "", rules: int = 0) -> 
                 continue
             if node.returns is not None and ast.unparse(node.returns) in ("list[str]", "str"):
                 continue  # complaints: tests/test_errors.py holds their texts
-            transposes = node.name in TRANSPOSES and module.startswith(("ops.", "sharding."))
+            transposes = node.name in TRANSPOSES and module.startswith(
+                ("ops.", "sharding.", "attention.", "float8.", "overlap.")
+            )
             own = 2 if transposes else rules or (1 if module in RULES else 0)
             yield prefix + node.name, node, own
             yield from _functions(module, node, f"{prefix}{node.name}.", own)

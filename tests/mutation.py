@@ -44,16 +44,16 @@ LAWS = {
     "sharding.distributed": ["test_gloo.py adjoint"],
     "sharding.message": ["test_context_parallel.py way_around", "test_context_parallel.py sees_none"]
     + ["test_context_composition.py processes"],
-    "ops.attention": [f"test_ops.py {law}attention]" for law in ("values-", "cotangents-", "shard-", "ft_vmap-")]
+    "attention.op": [f"test_ops.py {law}attention]" for law in ("values-", "cotangents-", "shard-", "ft_vmap-")]
     + ["test_llama.py megatrons"],
-    "ops.context.kernel": ["test_context_kernel.py", "test_context_parallel.py"],
-    "ops.context.*": ["test_context_parallel.py", "test_context_errors.py", "test_context_composition.py cp"]
+    "attention.kernel": ["test_context_kernel.py", "test_context_parallel.py"],
+    "attention.*": ["test_context_parallel.py", "test_context_errors.py", "test_context_composition.py cp"]
     + ["test_context_composition.py per_example", "test_context_composition.py several_cotangents"],
     "sharding.sequence": ["test_context_parallel.py", "test_context_errors.py"],
-    "transforms.context_parallel": ["test_context_parallel.py", "test_context_errors.py"],
-    "ops.float8": ["test_float8_mesh.py alike", "test_float8_mesh.py"],
-    "ops.quantized": ["test_float8_mesh.py alike", "test_float8_mesh.py"],
-    "ops.ring": ["test_rings.py", "test_async_tp.py plain_torch", "test_async_tp.py composes"],
+    "attention.context_parallel": ["test_context_parallel.py", "test_context_errors.py"],
+    "float8.arithmetic": ["test_float8_mesh.py alike", "test_float8_mesh.py"],
+    "float8.quantized": ["test_float8_mesh.py alike", "test_float8_mesh.py"],
+    "overlap.ring": ["test_rings.py", "test_async_tp.py plain_torch", "test_async_tp.py composes"],
     "ops.contraction": [
         "test_ops.py -einsum]",
         "test_ops.py share-",
@@ -92,8 +92,8 @@ LAWS = {
     "pipeline.*": [f"test_pipeline.py {law}" for law in ("sharded_like", "gathers_its_weights", "bad_number")],
     "transforms.accumulate": REPLICAS,
     "transforms.checked": ["test_guards.py"],
-    "transforms.float8": ["test_float8_mesh.py delayed", "test_float8_mesh.py"],
-    "transforms.remat_policies": ["test_remat.py work"],
+    "float8.wrapper": ["test_float8_mesh.py delayed", "test_float8_mesh.py"],
+    "remat.policies": ["test_remat.py work"],
     "*": ["test_grad.py", "test_threads.py", "test_ops.py values-", "test_ops.py cotangents-", "test_nn.py"],
 }
 

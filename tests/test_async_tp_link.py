@@ -78,7 +78,7 @@ def _fused_on_cpu(calls):
     """torch's own fallbacks of its fused ops, which are for CUDA, as kernels on CPU."""
     from torch.distributed import _symmetric_memory as theirs
 
-    from functitan.ops import fused
+    from functitan.overlap import fused
 
     def gather(*args, **options):
         calls.append("gather")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from functitan.ops.context import kernel
+from functitan.attention import kernel
 from functitan.testing.sharded import assert_close
 
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import functitan as ft
-from functitan.ops.context import blockwise
-from functitan.ops.context.route import route
-from functitan.ops.context.tiles import tiles
+from functitan.attention import blockwise
+from functitan.attention.route import route
+from functitan.attention.tiles import tiles
 from functitan.sharding.mesh import Mesh, MeshSizes, Transport
 from functitan.sharding.sequence import positions_of, runs
 from functitan.testing.sharded import assert_close

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import functitan as ft
 from functitan.errors import CaptureError, FunctitanError, PatternError
+from functitan.float8.scaled_mm import check_device
 from functitan.models import llama
-from functitan.ops.scaled_mm import check_device
 
 RECIPES = ["tensorwise", "rowwise", "rowwise_with_gw_hp", "delayed", "static", "mxfp8"]
 KERNELS = [recipe for recipe in RECIPES if recipe != "mxfp8"]

@@ -1,13 +1,13 @@
 """What programs send, their captured graphs and their bits are those written in `golden/`, byte for byte.
 
-A commit that means to change them writes the files anew (`python tests/golden/programs.py`) and says why.
+A commit that means to change them writes the files anew (`python tests/golden/dump.py`) and says why.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from golden.programs import PROGRAMS, processor, read, told
+from golden.dump import PROGRAMS, processor, read, told
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import functitan as ft
-from functitan.sharding.traced import is_collective, sent_by
+from functitan.capture.nodes import is_collective, sent_by
 
 CONFIG = ft.models.llama.DEBUG._replace(num_layers=1, vocab_size=256, embed=64, mlp=128, head_dim=8)
 RULES = ft.models.llama.RULES

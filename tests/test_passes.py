@@ -15,11 +15,11 @@ from torch.fx import GraphModule
 import functitan as ft
 from functitan.capture import products
 from functitan.capture.compile import compiled
+from functitan.capture.nodes import is_collective, sent_by
 from functitan.capture.passes.bucket import period
 from functitan.capture.passes.table import PASSES, run_passes
 from functitan.capture.trace import Program, trace
 from functitan.sharding.collectives import all_reduce, reduce_scatter
-from functitan.sharding.traced import is_collective, sent_by
 
 CONFIG = ft.models.llama.DEBUG._replace(num_layers=2, vocab_size=64, embed=32, mlp=64, head_dim=8)
 RULES = ft.models.llama.RULES

@@ -17,8 +17,8 @@ from torch.fx import GraphModule, Node
 
 from functitan.capture.kinds import base
 from functitan.capture.products import choose_products
+from functitan.capture.sending import lower_collectives
 from functitan.capture.trace import Program
-from functitan.sharding.lowered import lower_collectives
 
 Run = Callable[[list[Tensor]], list[Any]]
 

@@ -21,10 +21,10 @@ from torch.fx import Node
 from functitan.capture.compare import compare
 from functitan.capture.compile import Run, compiled
 from functitan.capture.kinds import base
+from functitan.capture.nodes import Capture, emit
 from functitan.capture.trace import Program, one_at_a_time, unseen
 from functitan.sharding.context import Env
 from functitan.sharding.program import Checks
-from functitan.sharding.traced import Capture, emit
 
 _NAMESPACE = "functitan_regions"
 

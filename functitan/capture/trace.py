@@ -23,13 +23,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from functitan.capture.blame import line_of_error, lines_of_strangers, lines_of_writes
+from functitan.capture.nodes import Capture, capturing, is_collective, message_of
 from functitan.errors import CaptureError, report
 from functitan.sharding.context import current, using
 from functitan.sharding.cut import carry_cut
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.message import Message
 from functitan.sharding.program import Checks
-from functitan.sharding.traced import Capture, capturing, is_collective, message_of
 
 
 class Program(NamedTuple):

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from functitan import threefry, tree
+from functitan.attention.op import attention
 from functitan.errors import FunctitanError, LayoutError, MeshError, report
 from functitan.models import llama
-from functitan.ops.attention import attention
 from functitan.ops.lookup import select
 from functitan.ops.move import unshard
 from functitan.ops.operands import Operand, check_operands

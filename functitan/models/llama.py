@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from functitan import tree
+from functitan.attention.op import attention as softmax_attention
 from functitan.errors import FunctitanError, report
 from functitan.models.language import (
     bad_sizes,
@@ -26,7 +27,6 @@ from functitan.models.language import (
 )
 from functitan.nn import attention, rms_norm, swiglu
 from functitan.nn.rope import RopeScaling
-from functitan.ops.attention import attention as softmax_attention
 from functitan.ops.einsum import einsum
 from functitan.ops.linear_loss import linear_cross_entropy
 from functitan.ops.lookup import take

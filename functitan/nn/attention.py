@@ -10,12 +10,12 @@ from collections.abc import Callable
 from torch import Tensor
 
 from functitan import tree
+from functitan.attention.op import attention
 from functitan.nn import rope
-from functitan.ops.attention import attention
-from functitan.ops.checkpoint_name import checkpoint_name
 from functitan.ops.einsum import einsum
 from functitan.ops.reduce import broadcast
 from functitan.param import Initializer, Param, fan_in, zeros
+from functitan.remat.checkpoint_name import checkpoint_name
 
 MATRICES = {  # what each projection maps, for optimizers of matrices: `optim.muon`
     "embed heads head_dim": "embed -> heads head_dim",

@@ -9,12 +9,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from functitan import tree
+from functitan.float8.recipes import Float8
 from functitan.ops.einsum import einsum
 from functitan.ops.function import requires_gradient
 from functitan.optim.kernels import refuse_donation, scaled, scaled_each, wide_dtype
 from functitan.optim.patterns import Leaf, leaves_of
 from functitan.sharding.context import current, using
-from functitan.sharding.float8 import Float8
 
 
 def times(what: str, values: tree.Tree, factor: float | Tensor, patterns: tree.Tree | None, donate: bool) -> tree.Tree:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from functitan import tree
+from functitan.capture.nodes import Capture
 from functitan.errors import FunctitanError, NonFiniteError, report
 from functitan.ops.function import is_batched, transforms_active
 from functitan.optim.kernels import extremes
@@ -22,7 +23,6 @@ from functitan.sharding.ledger import Ledger
 from functitan.sharding.message import Label
 from functitan.sharding.moves import Step
 from functitan.sharding.steps import run_step
-from functitan.sharding.traced import Capture
 
 POLICIES = ("raise", "skip", "ignore")
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from functitan import tree
+from functitan.capture.nodes import Capture
 from functitan.errors import FunctitanError, NonFiniteError, report
 from functitan.ops.function import is_batched
 from functitan.optim.factors import times
@@ -23,7 +24,6 @@ from functitan.optim.state import scalar_beside
 from functitan.optim.transform import GradientTransformation, donating
 from functitan.param import Param, constant
 from functitan.sharding.context import current
-from functitan.sharding.traced import Capture
 
 
 class LossScaleState(NamedTuple):

@@ -34,6 +34,7 @@ class Around(NamedTuple):
     patterns: Callable[[Iterable[Axes]], None] | None = None  # whose layouts are looked up
     called: Callable[[], Around] | None = None  # the hooks for an op that is called here
     inside: Callable[[Label, str], Around] | None = None  # for the ops inside an op of several lowerings
+    recomputation: Callable[[], AbstractContextManager] | None = None  # around what is computed again
     transport: Callable[[Mesh], Transport] | None = None  # what carries messages instead of the mesh's own transport
     # how the core treats it
     sees_every_op: bool = False  # also where plain torch ops would do, without a named op

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from functitan import tree
 from functitan.axes import Axes, write_axes
+from functitan.capture.nodes import Capture
 from functitan.errors import CollectiveError, FunctitanError, ReplicationError, report
 from functitan.ops.function import is_batched
 from functitan.sharding.context import Env, current, using
@@ -27,7 +28,6 @@ from functitan.sharding.moves import Step
 from functitan.sharding.program import Checks, checks
 from functitan.sharding.rules import AxisRules, Dims, idle_dims
 from functitan.sharding.steps import run_step
-from functitan.sharding.traced import Capture
 
 CHUNK = 1 << 18  # elements that are made float64 at once: 2 MiB
 

@@ -14,15 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import functitan as ft
+from functitan.capture import jit as of_steps
+from functitan.capture import regional as of_regions
+from functitan.capture.nodes import Capture, capturing
+from functitan.capture.statics import same
 from functitan.ops import types
 from functitan.sharding.around import Around
 from functitan.sharding.context import Env
 from functitan.sharding.ledger import Ledger, entering
 from functitan.sharding.program import checks
-from functitan.sharding.traced import Capture, capturing
-from functitan.transforms import compile as of_regions
-from functitan.transforms import jit as of_steps
-from functitan.transforms.statics import same
 
 RULES = ft.AxisRules({"batch": "dp", "seq": "tp", "embed": None, "mlp": "tp"})
 TX = ft.optim.sgd(0.1, momentum=0.9)

@@ -13,9 +13,9 @@ from math import prod
 import torch
 from torch.fx import Graph, Node
 
+from functitan.capture.nodes import COLLECTIVE, Sent, emit, is_collective, sent_by
 from functitan.capture.passes.order import Places, alike, last_use, needed_before, places, used_before
 from functitan.capture.trace import Program
-from functitan.sharding.traced import COLLECTIVE, Sent, emit, is_collective, sent_by
 
 BLOCK = 512 << 20  # bytes of the whole tensors in a bucket, where blocks repeat
 LOOSE = 25 << 20  # where nothing repeats that could tell what is used together

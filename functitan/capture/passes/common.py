@@ -13,8 +13,8 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
+from functitan.capture.nodes import is_collective, is_uneven, sent_by
 from functitan.capture.trace import Program
-from functitan.sharding.traced import is_collective, is_uneven, sent_by
 
 
 def merge_equal(program: Program) -> Program:

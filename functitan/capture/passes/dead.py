@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch.fx import Node
 
+from functitan.capture.nodes import is_collective, is_uneven
 from functitan.capture.trace import Program
-from functitan.sharding.traced import is_collective, is_uneven
 
 
 def remove_dead(program: Program) -> Program:

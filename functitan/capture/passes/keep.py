@@ -5,9 +5,9 @@ Invariant: only when asked for: a weight stays whole from its first use to its l
 
 from __future__ import annotations
 
+from functitan.capture.nodes import is_collective, sent_by
 from functitan.capture.passes.common import merge_equal
 from functitan.capture.trace import Program
-from functitan.sharding.traced import is_collective, sent_by
 
 
 def keep_gathered(program: Program) -> Program:

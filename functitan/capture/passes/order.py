@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from functitan.sharding.traced import is_collective, sent_by
+from functitan.capture.nodes import is_collective, sent_by
 
 Places = dict[Node, int]
 

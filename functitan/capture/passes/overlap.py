@@ -10,9 +10,9 @@ from itertools import pairwise
 
 from torch.fx import Graph, Node
 
+from functitan.capture.nodes import sent_by
 from functitan.capture.passes.order import Places, alike, moves, needed_before, places
 from functitan.capture.trace import Program
-from functitan.sharding.traced import sent_by
 
 
 def overlap(program: Program) -> Program:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, Node
 
+from functitan.capture.nodes import COLLECTIVE, emit, is_collective, sent_by
 from functitan.capture.passes.order import alike, moves
 from functitan.capture.trace import Program
-from functitan.sharding.traced import COLLECTIVE, emit, is_collective, sent_by
 
 aten = torch.ops.aten
 

@@ -11,9 +11,9 @@ from typing import cast
 import torch
 from torch.fx import Node
 
+from functitan.capture.nodes import COLLECTIVE, OWN, Sent, emit, sent_by
 from functitan.capture.passes.reductions import erase, reduction_of, viewed
 from functitan.capture.trace import Program
-from functitan.sharding.traced import COLLECTIVE, OWN, Sent, emit, sent_by
 
 aten = torch.ops.aten
 

@@ -19,8 +19,10 @@ from functitan import tree
 from functitan.capture.compare import compare
 from functitan.capture.compile import compiled
 from functitan.capture.passes.table import chosen_passes, run_passes
+from functitan.capture.statics import all_same, check_statics, warn_of_values
 from functitan.capture.trace import Program, trace
 from functitan.errors import CaptureError, report
+from functitan.float8.wrapper import FIX_DELAYED, outside
 from functitan.ops.autocast import FIX_AUTOCAST, autocast_is_on
 from functitan.ops.function import transforms_active
 from functitan.sharding.context import Env, current, within
@@ -28,8 +30,6 @@ from functitan.sharding.message import Message
 from functitan.sharding.program import Checks
 from functitan.transforms.donate import check_donated, give_back, take
 from functitan.transforms.flat import Form, join, of_tensors, split
-from functitan.transforms.float8 import FIX_DELAYED, outside
-from functitan.transforms.statics import all_same, check_statics, warn_of_values
 
 
 def jit(

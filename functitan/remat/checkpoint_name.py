@@ -11,8 +11,8 @@ from torch import Tensor
 
 from functitan.errors import FunctitanError, report
 from functitan.ops.function import Call, Op, apply, hidden_axes
+from functitan.remat.memo import NAME
 from functitan.sharding.context import current
-from functitan.sharding.memo import NAME
 
 
 def checkpoint_name(x: Tensor, name: str) -> Tensor:

@@ -15,8 +15,8 @@ from torch import Tensor
 from functitan.errors import FunctitanError, nearest, report
 from functitan.ops.contraction import Static
 from functitan.ops.function import Call
+from functitan.remat.memo import NAME
 from functitan.sharding.context import Env
-from functitan.sharding.memo import NAME
 
 
 class Made(NamedTuple):

@@ -12,13 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from functitan.attention.blockwise import Static, Types, blockwise
+from functitan.attention.dense import dense
+from functitan.attention.masks import Marks, Numbers, Rule, Side, check_rule, documents, seen
+from functitan.attention.method import Method, Work, choose
+from functitan.attention.route import Stop, route
 from functitan.axes import Axes
 from functitan.errors import LayoutError, PatternError, report
-from functitan.ops.context.blockwise import Static, Types, blockwise
-from functitan.ops.context.dense import dense
-from functitan.ops.context.masks import Marks, Numbers, Rule, Side, check_rule, documents, seen
-from functitan.ops.context.method import Method, Work, choose
-from functitan.ops.context.route import Stop, route
 from functitan.ops.contraction import contract, lift, move
 from functitan.ops.function import Hiddens, hidden_axes, needs_second_derivative, peeled
 from functitan.ops.remembered import made

@@ -14,10 +14,7 @@ from torch import Tensor
 
 from functitan.axes import Signature, write_axes
 from functitan.errors import FunctitanError, LayoutError, report
-from functitan.ops.arithmetic import Arithmetic, Value, plain
-from functitan.ops.function import peeled
-from functitan.ops.local import matrices, product
-from functitan.ops.quantized import (
+from functitan.float8.quantized import (
     BACKWARD,
     FIX_BLOCKS,
     FORWARD,
@@ -31,11 +28,14 @@ from functitan.ops.quantized import (
     scale_of,
     travel,
 )
-from functitan.ops.scaled_mm import check_device, check_matrices, scaled_mm
+from functitan.float8.recipes import BLOCK, Float8, Matmul
+from functitan.float8.scaled_mm import check_device, check_matrices, scaled_mm
+from functitan.ops.arithmetic import Arithmetic, Value, plain
+from functitan.ops.function import peeled
+from functitan.ops.local import matrices, product
 from functitan.ops.types import global_sizes
 from functitan.sharding.context import Env
 from functitan.sharding.contraction import Contraction, terms_of
-from functitan.sharding.float8 import BLOCK, Float8, Matmul
 from functitan.sharding.lowering import Lowering
 from functitan.sharding.message import Label
 from functitan.sharding.rules import Dims

@@ -15,13 +15,13 @@ import torch
 from functitan.errors import FunctitanError, report
 from functitan.ops.autocast import replayed
 from functitan.ops.function import transforms_active
+from functitan.remat.draws import sources_of
+from functitan.remat.memo import Memo
+from functitan.remat.policies import Budget, Policy, check_policy, everything_saveable, nothing_saveable
+from functitan.remat.region import apply_region, recorded
 from functitan.sharding.context import current, using
-from functitan.sharding.memo import Memo
 from functitan.transforms.closures import GENERATORS, problems_and_generators
-from functitan.transforms.draws import sources_of
 from functitan.transforms.flat import join, of_tensors, split
-from functitan.transforms.region import apply_region, recorded
-from functitan.transforms.remat_policies import Budget, Policy, check_policy, everything_saveable, nothing_saveable
 
 
 def remat(fn: Callable[..., Any], *, policy: Policy | Budget = nothing_saveable, offload: bool = False) -> Any:

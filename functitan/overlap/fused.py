@@ -13,10 +13,10 @@ from torch import Tensor
 from functitan.axes import Axes
 from functitan.ops.arithmetic import Arithmetic, Value
 from functitan.ops.local import product
-from functitan.ops.ring import Ring
 from functitan.ops.schedule import Work
+from functitan.overlap.ring import Ring
+from functitan.overlap.symmetric import fits, gather_matmul, matmul_scatter
 from functitan.sharding.steps import enter_fused, summed_in
-from functitan.sharding.symmetric import fits, gather_matmul, matmul_scatter
 
 
 class _Matrices(NamedTuple):

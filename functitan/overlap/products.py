@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from functitan.ops.arithmetic import Arithmetic, Value
-from functitan.ops.fused import fused_gather, fused_scatter
-from functitan.ops.ring import Ring
 from functitan.ops.schedule import Part, Running, Sum, Work
+from functitan.overlap.fused import fused_gather, fused_scatter
+from functitan.overlap.ring import Ring
+from functitan.overlap.rings import Pipelining, local_size, rings
 from functitan.sharding.context import Env
 from functitan.sharding.contraction import Contraction
 from functitan.sharding.lowering import Lowering
@@ -24,7 +25,6 @@ from functitan.sharding.message import Label, span_name
 from functitan.sharding.moves import Step
 from functitan.sharding.plan import Plan, Product
 from functitan.sharding.precision import cast
-from functitan.sharding.rings import Pipelining, local_size, rings
 from functitan.sharding.steps import summed_in
 
 

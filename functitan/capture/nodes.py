@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node, map_arg
 from torch.fx.node import has_side_effect
+from torch.fx.traceback import annotate  # not stable: tried on torch 2.13
 
 from functitan.sharding.around import Around
 from functitan.sharding.mesh import Mesh, Transport, Wait
@@ -69,7 +71,19 @@ def capturing(capture: Capture) -> Around:
         if text not in capture.notes:
             capture.notes.append(text)
 
-    return Around(capture, transport=capture.transport, note=note, remembers=True, changes_programs=True)
+    def recomputation() -> AbstractContextManager[Any]:
+        """Number the nodes of one recomputation, which passes keep apart from those of forward."""
+        capture.recomputations += 1
+        return annotate({"recomputation": capture.recomputations})
+
+    return Around(
+        capture,
+        transport=capture.transport,
+        note=note,
+        recomputation=recomputation,
+        remembers=True,
+        changes_programs=True,
+    )
 
 
 class Sent(NamedTuple):

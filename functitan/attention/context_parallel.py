@@ -37,7 +37,7 @@ def context_parallel(
     `method` is "ring" (keys and values travel around the ranks, the next block while one is used), "all_gather" (of
     keys and values), "all_to_all" (heads for sequence), or one for each mesh dim of the sequence: {"cp": "ring",
     "tp": "all_to_all"} exchanges heads over tp inside a ring over cp. By default the bytes that each sends, and the
-    number of collectives, decide for every call (`functitan.ops.context.method`). Bytes sent by one of n ranks, in
+    number of collectives, decide for every call (`functitan.attention.method`). Bytes sent by one of n ranks, in
     forward, with K those of its keys, or values, and Q those of its queries: ring and all-gather 2 (n-1) K, all-to-all
     2 (n-1)/n (Q + K); of a ring less, where causality and a window let no rank see some distance. Backward sends as
     much again, and a ring twice: keys and values, and their gradients in the dtype that `ft.precision` reduces in. A

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from functitan.axes import parse_axes
 from functitan.errors import FunctitanError, check_function, nearest, report
-from functitan.ops.float8 import lowering
+from functitan.float8.arithmetic import lowering
+from functitan.float8.recipes import FIX_STATE, RECIPES, Delayed, DelayedState, Float8, Matmul
 from functitan.sharding.context import Env, current, using
-from functitan.sharding.float8 import FIX_STATE, RECIPES, Delayed, DelayedState, Float8, Matmul
 from functitan.sharding.message import Label
 from functitan.sharding.steps import send
 

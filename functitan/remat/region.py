@@ -7,7 +7,7 @@ differentiably, from the inputs and what was stored.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,21 +15,19 @@ import torch
 from torch import Tensor
 from torch._functorch.vmap import restore_vmap  # private: tried on torch 2.13
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.traceback import annotate  # not stable: tried on torch 2.13
 from torch.utils._python_dispatch import _disable_current_modes  # private: tried on torch 2.13
 
 from functitan.errors import FunctitanError, report
 from functitan.ops.function import Call, current_level, has_derivative, is_differentiated, transforms_active
+from functitan.remat.draws import Source, again, first_time, unmoved
+from functitan.remat.memo import Kept, Memo, remembering
+from functitan.remat.policies import Budget, Made, Names, Policy, check_names, made, nothing_saveable
 from functitan.sharding.collectives import refuse_forward_mode
 from functitan.sharding.context import Env, current, using
 from functitan.sharding.cut import carry_cut
 from functitan.sharding.ledger import Ledger, entering
-from functitan.sharding.memo import Kept, Memo, remembering
 from functitan.sharding.shapes import shapes_only
 from functitan.sharding.sink import Sink
-from functitan.sharding.traced import Capture
-from functitan.transforms.draws import Source, again, first_time, unmoved
-from functitan.transforms.remat_policies import Budget, Made, Names, Policy, check_names, made, nothing_saveable
 
 Tensors = tuple[Tensor, ...]
 
@@ -253,13 +251,13 @@ class _Region(torch.autograd.Function):
         raise FunctitanError(report(ctx.region.where, [problem], "take ft.hvp, or torch.func.jacrev"))
 
 
-def _marked(region: Region) -> AbstractContextManager[Any]:
-    """In a capture, the nodes of one recomputation bear its number, and passes keep them apart from forward's."""
-    capture = region.env.find(Capture)
-    if capture is None or not region.again:
-        return nullcontext()
-    capture.recomputations += 1
-    return annotate({"recomputation": capture.recomputations})
+def _marked(region: Region) -> ExitStack:
+    """Inside the hooks of what is around a recomputation, if this is one."""
+    stack = ExitStack()
+    for each in region.env.around if region.again else ():
+        if each.recomputation is not None:
+            stack.enter_context(each.recomputation())
+    return stack
 
 
 def _to_host(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
-from functitan.ops.context.tiles import meet
+from functitan.attention.tiles import meet
 from functitan.sharding.message import Passing
 from functitan.sharding.sequence import runs
 

@@ -1,6 +1,6 @@
 """Programs whose every message, graph and bit is written down: one step of a tiny Llama under each wrapper, on meshes.
 
-    python tests/golden/programs.py           # writes the files anew, after a change that is meant
+    python tests/golden/dump.py           # writes the files anew, after a change that is meant
 
 Invariant: a file tells what public names give, and nothing of how the package is built, so a rebuild leaves it equal
 byte for byte. What a commit changes in these files its message explains.

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from functitan.capture.nodes import OWN, Sent, emit, is_collective, message_of, sent_by
 from functitan.sharding.context import within
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.message import Message, Passing
-from functitan.sharding.traced import OWN, Sent, emit, is_collective, message_of, sent_by
 
 
 def lower_collectives(graph: GraphModule, meshes: tuple[Mesh, ...], compiled: bool) -> GraphModule:

@@ -19,17 +19,17 @@ from functitan import tree
 from functitan.capture.halves import Halves, trace_halves
 from functitan.capture.opaque import Opaque, call, opaque
 from functitan.capture.passes.table import chosen_passes, run_passes
+from functitan.capture.statics import all_same, check_statics, warn_of_values
 from functitan.errors import FunctitanError, check_function, report
+from functitan.float8.wrapper import FIX_DELAYED, outside
 from functitan.ops.autocast import FIX_AUTOCAST, autocast_is_on
 from functitan.ops.function import requires_gradient, transforms_active
+from functitan.remat.draws import FIX_DRAWS, draws
+from functitan.remat.memo import Memo
 from functitan.sharding.context import Env, current, using
-from functitan.sharding.memo import Memo
 from functitan.sharding.sink import Sink
 from functitan.transforms.closures import closure_problems
-from functitan.transforms.draws import FIX_DRAWS, draws
 from functitan.transforms.flat import TENSOR, Form, join, of_tensors, split
-from functitan.transforms.float8 import FIX_DELAYED, outside
-from functitan.transforms.statics import all_same, check_statics, warn_of_values
 
 
 def compile(fn: Callable[..., Any], *, skip: Sequence[str] = (), backend: str = "inductor") -> Compiled:

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from functitan.attention.kernel import merged, tile, tile_gradients
+from functitan.attention.masks import Numbers, Rule, Side, seen
+from functitan.attention.route import Stop
+from functitan.attention.tiles import Tile, tiles
 from functitan.errors import FunctitanError, report
 from functitan.ops.chunked_loss import high
-from functitan.ops.context.kernel import merged, tile, tile_gradients
-from functitan.ops.context.masks import Numbers, Rule, Side, seen
-from functitan.ops.context.route import Stop
-from functitan.ops.context.tiles import Tile, tiles
 from functitan.ops.contraction import lift
 from functitan.ops.function import Call, Hidden, Op, apply, hidden_axes
 from functitan.ops.types import Type, check_cotangents

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from functitan.errors import LayoutError, report
+from functitan.float8.recipes import BLOCK
 from functitan.sharding.context import Env
-from functitan.sharding.float8 import BLOCK
 from functitan.sharding.message import Label
 from functitan.sharding.moves import Step, View
 from functitan.sharding.steps import run_step

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from functitan.errors import MeshError, check_function, report
-from functitan.ops.pipelined import lowering
+from functitan.overlap.products import lowering
+from functitan.overlap.rings import Pipelining
 from functitan.sharding.context import current, using
 from functitan.sharding.ledger import Ledger, entering
 from functitan.sharding.mesh import MeshSizes, check_dim, is_size
-from functitan.sharding.rings import Pipelining
 
 
 def async_tp(fn: Callable[..., Any], *, dims: str | Sequence[str] = "tp", pieces: int = 1) -> Callable[..., Any]:

@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
+from functitan.attention.dense import dense
+from functitan.attention.lowering import Asked, check_heads, lowered
+from functitan.attention.masks import Marks, Rule
 from functitan.axes import Axes, parse_operands, write_axes
 from functitan.errors import PatternError, report
 from functitan.ops.autocast import autocast_is_on, in_precision
-from functitan.ops.context.dense import dense
-from functitan.ops.context.lowering import Asked, check_heads, lowered
-from functitan.ops.context.masks import Marks, Rule
 from functitan.ops.operands import Operand, check_operands
 from functitan.sharding.context import current
 from functitan.sharding.mesh import is_size

@@ -1,0 +1,1 @@
+"""The wing of `ft.float8`: recipes, quantized values, their arithmetic, and the wrapper."""
