@@ -141,13 +141,13 @@ def _span(event: dict[str, Any], start: float) -> Span:
     return Span(event["name"], first, first + event["dur"] * 1e-6, event["cat"])
 
 
-def _named(message: Message, env: Any, start: Callable[[], Any]) -> Any:
+def _named(message: Message, x: Any, env: Any, start: Callable[..., Any]) -> Any:
     """Name the span of a message; of one that travels hidden, its start and its wait; of a receive, the wait."""
     if message.collective == "receive":
-        pending = start()
+        pending = start(message, x)
         return pending._replace(wait=_spanned(message.name, pending.wait))
     with record_function(message.name):
-        found = start()
+        found = start(message, x)
         if message.collective == "send" or found is None:
             return found
         if not message.hidden:

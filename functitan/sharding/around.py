@@ -1,7 +1,8 @@
 """`Around`: the hooks of what sees, or answers instead of, the ops and messages of a program.
 
 Invariant: the core calls these hooks, knows no feature by its name, and gives every op the ones that were in force
-where it was called. They nest: the first of `Env.around` is the outermost, and calls what is inside it.
+where it was called. They nest: the first of `Env.around` is the outermost, and calls what is inside it. Those that
+change what runs stand outside those that only watch, so that a ledger holds what is sent in the end.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Around(NamedTuple):
 
     state: Any
     op: Callable[[Any, Results, Callable[..., Results]], Results] | None = None  # (call, tensors, run(call, tensors))
-    message: Callable[[Message, Any, Callable[[], Any]], Any] | None = None  # (message, env, start): what start gives
+    message: Callable[..., Any] | None = None  # (message, tensor, env, start): what start(message, tensor) gives
     entered: Callable[[Iterable[Message]], None] | None = None  # messages that a compiled program sends by itself
     span: Callable[[str], AbstractContextManager[Any]] | None = None  # around what has this name in a trace
     note: Callable[[str], None] | None = None  # a remark on how the program runs
@@ -51,19 +52,17 @@ def around_op(around: tuple[Around, ...], call: Any, tensors: Results, run: Call
     return run(call, tensors)
 
 
-def around_message(around: tuple[Around, ...], message: Message, env: Any, start: Callable[[], Any]) -> Any:
-    """What `start()` gives, which sends a message, inside the hooks."""
-    for each in reversed(around):
+def around_message(message: Message, x: Tensor | None, env: Any, start: Callable[..., Any]) -> Any:
+    """Send a message by `start(message, x)`, inside the hooks; `x` is `None` for a message that is awaited."""
+    for each in reversed(env.around):
         if each.message is not None:
-            start = _message_inside(each.message, message, env, start)
-    return start()
+            start = _message_inside(each.message, env, start)
+    return start(message, x)
 
 
 def _op_inside(hook: Callable[..., Results], run: Callable[..., Results]) -> Callable[..., Results]:
     return lambda call, tensors: hook(call, tensors, run)
 
 
-def _message_inside(
-    hook: Callable[..., Any], message: Message, env: Any, start: Callable[[], Any]
-) -> Callable[[], Any]:
-    return lambda: hook(message, env, start)
+def _message_inside(hook: Callable[..., Any], env: Any, start: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda message, x: hook(message, x, env, start)

@@ -81,8 +81,11 @@ class Env(NamedTuple):
         return self._replace(around=tuple(each for each in self.around if each.changes_programs))
 
     def inside(self, around: Around) -> Env:
-        """These surroundings, with one more thing around, inside the others."""
-        return self._replace(around=(*self.around, around))
+        """These surroundings, with one more thing around: inside the others, but for those that only watch."""
+        if not around.changes_programs:
+            return self._replace(around=(*self.around, around))
+        changing = tuple(each for each in self.around if each.changes_programs)
+        return self._replace(around=(*changing, around, *(x for x in self.around if not x.changes_programs)))
 
     def find(self, kind: type[T]) -> T | None:
         """The state, of this type, of something that is around, or of a lowering; `None` if there is none."""

@@ -82,10 +82,10 @@ class Ledger:
 def entering(ledger: Ledger) -> Around:
     """The hooks that enter messages into a ledger, before they are sent, with notes and the patterns looked up."""
 
-    def enter(message: Message, env: Any, start: Callable[[], Any]) -> Any:
+    def enter(message: Message, x: Any, env: Any, start: Callable[..., Any]) -> Any:
         if message.collective != "receive":  # a message to another stage is entered by its sender
             ledger.entries.append(message)
-        return start()
+        return start(message, x)
 
     def note(text: str) -> None:
         if text not in ledger.notes:

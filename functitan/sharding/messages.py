@@ -6,8 +6,6 @@ inside the hooks of `Env.around`. Neither waits for the other rank.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -26,7 +24,8 @@ def post(x: Tensor, to: int, env: Env, label: Label) -> Pending:
     """
     transport, message = _transport(env), _message("send", tuple(x.shape), x.dtype, env, label)
     assert transport.post is not None
-    return around_message(env.around, message, env, partial(transport.post, message, x, to))
+    send = transport.post
+    return around_message(message, x, env, lambda message, x: send(message, x, to))
 
 
 def receive(
@@ -38,7 +37,8 @@ def receive(
     """
     transport, message = _transport(env), _message("receive", tuple(shape), dtype, env, label)
     assert transport.receive is not None
-    return around_message(env.around, message, env, partial(transport.receive, message, device, source))
+    await_ = transport.receive
+    return around_message(message, None, env, lambda message, _: await_(message, device, source))
 
 
 def _message(collective: str, shape: tuple[int, ...], dtype: torch.dtype, env: Env, label: Label) -> Message:

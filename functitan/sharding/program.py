@@ -39,14 +39,14 @@ class Checks(NamedTuple):
 def checks(line: str = "") -> Around:
     """The hooks that let ranks agree on each message before it is sent: see `ft.checked`."""
 
-    def agree(message: Message, env: Any, start: Callable[[], Any]) -> Any:
+    def agree(message: Message, x: Any, env: Any, start: Callable[..., Any]) -> Any:
         if message.collective in ("send", "receive"):  # a stage sends, and another awaits: of two texts
             does = "sends" if message.collective == "send" else "awaits"
             env.pipeline.transport.agree(f"{does} {message}")
         else:
             text = f"runs {message.detailed} in {message.phase}"
             env.mesh.transport.agree(f"{text} at {line}" if line else text)
-        return start()
+        return start(message, x)
 
     def tell_shapes(call: Any, tensors: tuple[Tensor, ...], run: Callable[..., Any]) -> Any:
         """Let ranks hold the shapes of the op's operands against each other, too.

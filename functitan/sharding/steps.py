@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -136,7 +135,7 @@ def send(kind: str, x: Tensor, dims: Dims, env: Env, label: Label, how: str | Pa
     """Run one collective over a group of mesh dims, inside what is around it: a ledger, checks, a profile."""
     sent = _on_wire(x)
     message = env.message(kind, sent, dims, label, how)
-    result = around_message(env.around, message, env, partial(env.transport.start, message, sent))()
+    result = around_message(message, sent, env, env.transport.start)()
     return torch.view_as_complex(result) if x.is_complex() else result
 
 
@@ -149,14 +148,14 @@ def start(kind: str, x: Tensor, dims: Dims, env: Env, label: Label, how: str | P
     """
     sent = _on_wire(x)
     message = env.message(kind, sent, dims, label, how)._replace(hidden=True)
-    wait = around_message(env.around, message, env, partial(env.transport.start, message, sent))
+    wait = around_message(message, sent, env, env.transport.start)
     return (lambda: torch.view_as_complex(wait())) if x.is_complex() else wait
 
 
 def enter_fused(x: Tensor, dims: Dims, env: Env, label: Label) -> None:
     """Let what is around see a `permute` of `x` that an op sends by itself, beside what it computes."""
     message = env.message("permute", x, dims, label, Passing(1))._replace(hidden=True)
-    around_message(env.around, message, env, lambda: None)
+    around_message(message, x, env, lambda message, x: None)
 
 
 def _on_wire(x: Tensor) -> Tensor:
