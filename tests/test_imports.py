@@ -47,6 +47,7 @@ OPTIONAL = {
     "rich",
     "tiktoken",
     "torch._inductor",
+    "torch.distributed.checkpoint",
     "transformers",
 }  # heavy: a function may import them itself
 MAX_LINES = 300

@@ -15,16 +15,6 @@ from zipfile import ZIP_STORED, ZipFile
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo  # private; tried on torch 2.13
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 from torch.utils.serialization import config
 
 from functitan.checkpoint.leaves import SCALARS
@@ -97,23 +87,26 @@ def unpacked(data: bytes) -> Any:
     raise ValueError(f"it holds a {type(value).__name__}, neither a scalar nor a dense tensor")
 
 
+# imported where a checkpoint is written: it takes half as long as torch, and most programs start without
 def metadata_of(entries: dict[str, Entry]) -> bytes:
     """The metadata file."""
+    from torch.distributed.checkpoint import metadata as dcp
+    from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo  # private; tried on torch 2.13
+
     described: dict[str, Any] = {}
-    stored: dict[MetadataIndex, StorageInfo] = {}
+    stored: dict[Any, Any] = {}
     for path, (shape, dtype, items) in entries.items():
         if shape is None:
-            described[path] = BytesStorageMetadata()
+            described[path] = dcp.BytesStorageMetadata()
         else:
             assert dtype is not None
-            chunks = [ChunkStorageMetadata(torch.Size(i.offsets or ()), torch.Size(i.sizes)) for i in items]
-            described[path] = TensorStorageMetadata(TensorProperties(dtype), torch.Size(shape), chunks)
+            chunks = [dcp.ChunkStorageMetadata(torch.Size(i.offsets or ()), torch.Size(i.sizes)) for i in items]
+            described[path] = dcp.TensorStorageMetadata(dcp.TensorProperties(dtype), torch.Size(shape), chunks)
         for number, item in enumerate(items):
-            index = MetadataIndex(path) if shape is None else MetadataIndex(path, item.offsets, number)
+            index = dcp.MetadataIndex(path) if shape is None else dcp.MetadataIndex(path, item.offsets, number)
             stored[index] = StorageInfo(item.file, item.start, item.length)
-    return pickle.dumps(
-        Metadata(described, storage_data=stored, storage_meta=StorageMeta(save_id="functitan"), version=VERSION)
-    )
+    meta = dcp.StorageMeta(save_id="functitan")
+    return pickle.dumps(dcp.Metadata(described, storage_data=stored, storage_meta=meta, version=VERSION))
 
 
 def entries_of(metadata: bytes) -> dict[str, Entry]:
