@@ -155,7 +155,7 @@ def functions_import_only_optional_packages(modules: list[Module]) -> Iterator[s
     for m in modules:
         inner = {n for f in ast.walk(m.tree) if isinstance(f, FUNCTIONS) for n in ast.walk(f)}
         for line, dotted in sorted({(n.lineno, d) for n in inner for _, d in imported(m, n)}):
-            if not OPTIONAL & {dotted.split(".")[0], ".".join(dotted.split(".")[:2])}:
+            if not OPTIONAL & {".".join(dotted.split(".")[:n]) for n in (1, 2, 3)}:
                 yield f"{m.name}:{line}: imports {dotted} inside a function; move it to the top of the file"
 
 
