@@ -29,7 +29,8 @@ from functitan.ops.function import Hiddens, hidden_axes, hide
 from functitan.ops.operands import Operand, check_operands
 from functitan.ops.remembered import made
 from functitan.ops.types import Type, layout_here
-from functitan.sharding.context import Env, current
+from functitan.sharding.context import current
+from functitan.sharding.env import Env
 from functitan.sharding.layout import Layout, block_of, check_leaves, check_rank, global_shape
 from functitan.threefry import fold_in, key, split
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1] / "functitan"
 CORE = ("sharding", "ops")
 WINGS = ("attention", "capture", "float8", "overlap", "remat")
 FEATURES = re.compile(r"float8|\brings?\b|deferred|\bmemo\b|capture|\btaps?\b|profil|zigzag", re.IGNORECASE)
-ENV = "sharding/context.py"
+ENV = "sharding/env.py"
 
 
 class Figure(NamedTuple):

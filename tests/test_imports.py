@@ -19,7 +19,14 @@ LAYERS = [
     ["axes", "param", "threefry", "frozen"],
     ["sharding.mesh", "sharding.rules", "sharding.layout", "sharding.contraction", "sharding.moves", "sharding.choice"]
     + ["sharding.plan", "sharding.message", "sharding.precision", "sharding.sequence"],
-    ["sharding.context", "sharding.distributed", "sharding.virtual", "sharding.ledger", "sharding.program"]
+    [
+        "sharding.env",
+        "sharding.context",
+        "sharding.distributed",
+        "sharding.virtual",
+        "sharding.ledger",
+        "sharding.program",
+    ]
     + ["sharding.point_to_point", "sharding.messages", "sharding.agreement", "sharding.steps", "sharding.collectives"]
     + ["sharding.explain", "sharding.init", "sharding.cut", "sharding.shapes", "sharding.around", "sharding.lowering"]
     + ["sharding.sink", "sharding.launch", "sharding.simulate", "sharding"],

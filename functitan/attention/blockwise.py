@@ -25,7 +25,7 @@ from functitan.ops.chunked_loss import high
 from functitan.ops.contraction import lift
 from functitan.ops.function import Call, Hidden, Op, apply, hidden_axes
 from functitan.ops.types import Type, check_cotangents
-from functitan.sharding.context import Env
+from functitan.sharding.env import Env
 from functitan.sharding.message import Label
 from functitan.sharding.rules import Dims
 from functitan.sharding.sequence import Runs, positions_of

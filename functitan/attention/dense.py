@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from functitan.ops.function import needs_higher_derivatives
-from functitan.sharding.context import Env
+from functitan.sharding.env import Env
 from functitan.sharding.message import Label
 
 # The only backend with a second derivative and forward mode. Private: tried on torch 2.13.

@@ -23,8 +23,8 @@ from functitan.ops.contraction import contract, lift, move
 from functitan.ops.function import Hiddens, hidden_axes, needs_second_derivative, peeled
 from functitan.ops.remembered import made
 from functitan.ops.types import Type, layout_here, resolve
-from functitan.sharding.context import Env
 from functitan.sharding.contraction import Contraction, Term
+from functitan.sharding.env import Env
 from functitan.sharding.layout import Layout
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.message import Label

@@ -25,7 +25,8 @@ from functitan.errors import CaptureError, report
 from functitan.float8.wrapper import FIX_DELAYED, outside
 from functitan.ops.autocast import FIX_AUTOCAST, autocast_is_on
 from functitan.ops.function import transforms_active
-from functitan.sharding.context import Env, current, within
+from functitan.sharding.context import current, within
+from functitan.sharding.env import Env
 from functitan.sharding.message import Message
 from functitan.sharding.program import Checks
 from functitan.transforms.donate import check_donated, give_back, take

@@ -23,7 +23,7 @@ from functitan.capture.compile import Run, compiled
 from functitan.capture.kinds import base
 from functitan.capture.nodes import Capture, emit
 from functitan.capture.trace import Program, one_at_a_time, unseen
-from functitan.sharding.context import Env
+from functitan.sharding.env import Env
 from functitan.sharding.program import Checks
 
 _NAMESPACE = "functitan_regions"

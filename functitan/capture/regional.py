@@ -26,7 +26,8 @@ from functitan.ops.autocast import FIX_AUTOCAST, autocast_is_on
 from functitan.ops.function import requires_gradient, transforms_active
 from functitan.remat.draws import FIX_DRAWS, draws
 from functitan.remat.memo import Memo
-from functitan.sharding.context import Env, current, using
+from functitan.sharding.context import current, using
+from functitan.sharding.env import Env
 from functitan.sharding.sink import Sink
 from functitan.transforms.closures import closure_problems
 from functitan.transforms.flat import TENSOR, Form, join, of_tensors, split

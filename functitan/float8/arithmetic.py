@@ -34,8 +34,8 @@ from functitan.ops.arithmetic import Arithmetic, Value, plain
 from functitan.ops.function import peeled
 from functitan.ops.local import matrices, product
 from functitan.ops.types import global_sizes
-from functitan.sharding.context import Env
 from functitan.sharding.contraction import Contraction, terms_of
+from functitan.sharding.env import Env
 from functitan.sharding.lowering import Lowering
 from functitan.sharding.message import Label
 from functitan.sharding.rules import Dims

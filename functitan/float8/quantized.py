@@ -15,7 +15,7 @@ from torch import Tensor
 
 from functitan.errors import LayoutError, report
 from functitan.float8.recipes import BLOCK
-from functitan.sharding.context import Env
+from functitan.sharding.env import Env
 from functitan.sharding.message import Label
 from functitan.sharding.moves import Step, View
 from functitan.sharding.steps import run_step

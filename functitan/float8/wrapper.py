@@ -17,7 +17,8 @@ from functitan.axes import parse_axes
 from functitan.errors import FunctitanError, check_function, nearest, report
 from functitan.float8.arithmetic import lowering
 from functitan.float8.recipes import FIX_STATE, RECIPES, Delayed, DelayedState, Float8, Matmul
-from functitan.sharding.context import Env, current, using
+from functitan.sharding.context import current, using
+from functitan.sharding.env import Env
 from functitan.sharding.message import Label
 from functitan.sharding.steps import send
 

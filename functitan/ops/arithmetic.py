@@ -15,8 +15,8 @@ from torch import Tensor
 
 from functitan.axes import Axes
 from functitan.ops.local import product
-from functitan.sharding.context import Env
 from functitan.sharding.contraction import Contraction
+from functitan.sharding.env import Env
 from functitan.sharding.message import Label
 from functitan.sharding.moves import Step
 from functitan.sharding.precision import cast, narrowed

@@ -19,8 +19,8 @@ from functitan.ops.local import add_product, product
 from functitan.ops.schedule import Running, plain_sum, run_plan
 from functitan.ops.types import Type, check_cotangents, resolve
 from functitan.sharding.choice import FREE, Fixed
-from functitan.sharding.context import Env
 from functitan.sharding.contraction import Contraction, Term, cotangents, tangents
+from functitan.sharding.env import Env
 from functitan.sharding.message import Label
 from functitan.sharding.plan import Plan, plan
 from functitan.sharding.precision import cast

@@ -21,9 +21,10 @@ from functitan.ops.operands import Operand, check_operands
 from functitan.ops.remembered import made
 from functitan.ops.types import Type
 from functitan.ops.weights import are_pairs, weighted
-from functitan.sharding.context import Env, current
+from functitan.sharding.context import current
 from functitan.sharding.contraction import Contraction, terms_of
 from functitan.sharding.cut import MARK
+from functitan.sharding.env import Env
 from functitan.sharding.message import Label
 from functitan.sharding.precision import in_compute
 from functitan.sharding.sink import Sink

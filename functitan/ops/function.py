@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from functitan.sharding.around import around_op
 from functitan.sharding.collectives import refuse_forward_mode
-from functitan.sharding.context import Env
+from functitan.sharding.env import Env
 
 
 class Hidden(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from functitan.errors import FunctitanError, report
 from functitan.ops.function import peeled
-from functitan.sharding.context import Env
+from functitan.sharding.env import Env
 from functitan.sharding.message import Label
 
 IGNORE = -100

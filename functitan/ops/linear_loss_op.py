@@ -19,8 +19,8 @@ from functitan.ops.function import Call, Hidden, Op, apply, hidden_axes
 from functitan.ops.labels import own_labels, poisoned
 from functitan.ops.local import product
 from functitan.ops.types import Type, check_cotangents, resolve
-from functitan.sharding.context import Env
 from functitan.sharding.contraction import Contraction, Term
+from functitan.sharding.env import Env
 from functitan.sharding.layout import Layout
 from functitan.sharding.message import Label
 from functitan.sharding.moves import Step

@@ -22,8 +22,9 @@ from functitan.ops.remembered import made
 from functitan.ops.rows import LookupAxes, put_rows, take_rows
 from functitan.ops.types import Type, check_cotangents, global_sizes, resolve
 from functitan.sharding.choice import Fixed
-from functitan.sharding.context import Env, current
+from functitan.sharding.context import current
 from functitan.sharding.contraction import Contraction, Term
+from functitan.sharding.env import Env
 from functitan.sharding.layout import Layout, check_leaves, local_shape, whole
 from functitan.sharding.mesh import is_size
 from functitan.sharding.message import Label

@@ -21,8 +21,9 @@ from functitan.ops.order import renamed, reordered, with_whole, zigzag_ranks
 from functitan.ops.remembered import made
 from functitan.ops.types import Type, layout_here
 from functitan.param import Param
-from functitan.sharding.context import Env, as_mesh, current
+from functitan.sharding.context import as_mesh, current
 from functitan.sharding.cut import mark_cut, refuse_shards
+from functitan.sharding.env import Env
 from functitan.sharding.layout import axes_of, block_of, check_leaves, global_shape, layout_of, table_of, whole
 from functitan.sharding.mesh import Mesh
 from functitan.sharding.message import Label

@@ -15,8 +15,9 @@ from functitan.errors import PatternError, RulesError, report
 from functitan.ops.function import has_derivative
 from functitan.ops.remembered import check_layouts
 from functitan.ops.types import layout_here
-from functitan.sharding.context import Env, current
+from functitan.sharding.context import current
 from functitan.sharding.cut import MARK, refuse_shards
+from functitan.sharding.env import Env
 from functitan.sharding.layout import whole
 
 

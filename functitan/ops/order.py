@@ -12,7 +12,7 @@ from torch import Tensor
 from functitan.axes import Axes
 from functitan.ops.contraction import move
 from functitan.ops.types import Type, layout_here
-from functitan.sharding.context import Env
+from functitan.sharding.env import Env
 from functitan.sharding.layout import Layout
 from functitan.sharding.message import Label
 from functitan.sharding.sequence import positions_of, runs

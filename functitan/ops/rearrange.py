@@ -21,8 +21,9 @@ from functitan.ops.operands import Operand, check_operands
 from functitan.ops.order import zigzag_ranks
 from functitan.ops.remembered import check_layouts, made
 from functitan.ops.types import layout_here
-from functitan.sharding.context import Env, current
+from functitan.sharding.context import current
 from functitan.sharding.cut import refuse_shards
+from functitan.sharding.env import Env
 from functitan.sharding.layout import Layout
 from functitan.sharding.mesh import MeshSizes
 

@@ -20,8 +20,9 @@ from functitan.ops.local import product
 from functitan.ops.operands import Operand, check_operands
 from functitan.ops.remembered import made
 from functitan.ops.types import Type, global_sizes, resolve
-from functitan.sharding.context import Env, current
+from functitan.sharding.context import current
 from functitan.sharding.contraction import Contraction, Term
+from functitan.sharding.env import Env
 from functitan.sharding.mesh import is_size
 from functitan.sharding.message import Label
 from functitan.sharding.precision import in_compute, widened

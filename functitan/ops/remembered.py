@@ -14,8 +14,8 @@ from torch import Tensor
 from functitan.axes import Axes, write_axes
 from functitan.errors import LayoutError, RulesError, report
 from functitan.ops.types import layout_here
-from functitan.sharding.context import Env
 from functitan.sharding.cut import cut_of, mark_cut
+from functitan.sharding.env import Env
 from functitan.sharding.layout import Layout
 
 Groups = tuple[Axes, ...]  # the axes of each dimension of a tensor, outermost first

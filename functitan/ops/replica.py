@@ -15,8 +15,9 @@ from torch import Tensor
 from functitan.axes import Axes, write_axes
 from functitan.ops.contraction import contract
 from functitan.ops.types import Type
-from functitan.sharding.context import Env, current
+from functitan.sharding.context import current
 from functitan.sharding.contraction import Contraction, Term
+from functitan.sharding.env import Env
 from functitan.sharding.layout import Layout
 from functitan.sharding.message import Label
 from functitan.sharding.rules import AxisRules, Dims

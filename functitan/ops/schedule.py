@@ -14,8 +14,8 @@ from torch import Tensor
 from functitan.axes import Axes
 from functitan.ops.arithmetic import Arithmetic, Value
 from functitan.ops.local import maximum
-from functitan.sharding.context import Env
 from functitan.sharding.contraction import Contraction
+from functitan.sharding.env import Env
 from functitan.sharding.message import Label
 from functitan.sharding.moves import Step
 from functitan.sharding.plan import Group, Plan, Product

@@ -14,8 +14,8 @@ from torch import Tensor
 from functitan.axes import Axes, write_axes
 from functitan.errors import LayoutError, PatternError, RulesError, report
 from functitan.ops.function import Hidden, Hiddens, hidden_axes
-from functitan.sharding.context import Env, nowhere
 from functitan.sharding.contraction import Contraction, Term
+from functitan.sharding.env import Env, nowhere
 from functitan.sharding.layout import FIX_RULE, FIX_SIZES, Layout, divisibility, layout_of
 from functitan.sharding.ledger import Ledger, entering
 from functitan.sharding.mesh import MeshSizes

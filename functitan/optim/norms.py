@@ -16,7 +16,8 @@ from functitan.errors import FunctitanError, report
 from functitan.ops.reduce import reduce
 from functitan.optim.kernels import root, square, squares, transformed, wide_dtype
 from functitan.optim.patterns import Leaf, leaves_of
-from functitan.sharding.context import Env, current, using
+from functitan.sharding.context import current, using
+from functitan.sharding.env import Env
 from functitan.sharding.message import Label
 from functitan.sharding.moves import Step
 from functitan.sharding.rules import Dims

@@ -13,8 +13,8 @@ from functitan import tree
 from functitan.axes import Axes, parse_axes, write_axes
 from functitan.errors import PatternError, report
 from functitan.param import Param
-from functitan.sharding.context import Env
 from functitan.sharding.cut import refuse_shards
+from functitan.sharding.env import Env
 from functitan.sharding.layout import Layout, axes_of, check_rank, global_shape, local_shape, whole
 
 

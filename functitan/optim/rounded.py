@@ -21,7 +21,8 @@ from functitan.optim.patterns import leaves_of
 from functitan.optim.state import scalar_beside
 from functitan.optim.transform import GradientTransformation, donating
 from functitan.param import Param, zeros
-from functitan.sharding.context import Env, current
+from functitan.sharding.context import current
+from functitan.sharding.env import Env
 from functitan.sharding.layout import block_of, layout_of, table_of
 
 

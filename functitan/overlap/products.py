@@ -18,8 +18,8 @@ from functitan.ops.schedule import Part, Running, Sum, Work
 from functitan.overlap.fused import fused_gather, fused_scatter
 from functitan.overlap.ring import Ring
 from functitan.overlap.rings import Pipelining, local_size, rings
-from functitan.sharding.context import Env
 from functitan.sharding.contraction import Contraction
+from functitan.sharding.env import Env
 from functitan.sharding.lowering import Lowering
 from functitan.sharding.message import Label, span_name
 from functitan.sharding.moves import Step

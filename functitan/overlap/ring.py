@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from functitan.ops.schedule import Piece
-from functitan.sharding.context import Env
+from functitan.sharding.env import Env
 from functitan.sharding.message import Label, Passing
 from functitan.sharding.rules import Dims
 from functitan.sharding.steps import start

@@ -18,7 +18,8 @@ from functitan.axes import parse_axes
 from functitan.errors import FunctitanError, report
 from functitan.param import Param
 from functitan.pipeline.stages import Stage
-from functitan.sharding.context import Env, using
+from functitan.sharding.context import using
+from functitan.sharding.env import Env
 from functitan.sharding.layout import local_shape
 from functitan.sharding.shapes import shapes_only
 from functitan.sharding.sink import Sink

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from functitan.ops.replica import in_rows
 from functitan.pipeline.edges import Spec
-from functitan.sharding.context import Env
+from functitan.sharding.env import Env
 from functitan.sharding.mesh import Pending
 from functitan.sharding.message import Label
 from functitan.sharding.messages import post, receive

@@ -24,7 +24,8 @@ from functitan.pipeline.exchange import over_stages, shared_sums
 from functitan.pipeline.schedule import Schedule
 from functitan.pipeline.stages import Stage, check_stages, declarations, holders_of
 from functitan.pipeline.step import RUN, Part, Step, reduce_gradients
-from functitan.sharding.context import Env, current, within
+from functitan.sharding.context import current, within
+from functitan.sharding.env import Env
 from functitan.transforms.beside import check_ways, merged
 from functitan.transforms.closures import refuse_shards_of
 from functitan.transforms.loss import divisor, is_on_mesh

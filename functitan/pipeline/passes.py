@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from functitan.ops.function import has_derivative
-from functitan.sharding.context import Env, using
+from functitan.sharding.context import using
+from functitan.sharding.env import Env
 from functitan.sharding.sink import Sink, into
 from functitan.transforms.add_into import add_into
 

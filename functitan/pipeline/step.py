@@ -19,7 +19,8 @@ from functitan.pipeline.edges import Edges, check_edge
 from functitan.pipeline.exchange import post_all, receive_all
 from functitan.pipeline.passes import Pass, backward, forward, weight_half
 from functitan.pipeline.schedule import Schedule
-from functitan.sharding.context import Env, using
+from functitan.sharding.context import using
+from functitan.sharding.env import Env
 from functitan.sharding.mesh import Pending
 from functitan.sharding.rules import Dims
 from functitan.transforms.microbatches import Sums, added, key_of, rows

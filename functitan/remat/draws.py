@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from functitan.errors import FunctitanError, report
 from functitan.ops.function import peeled
-from functitan.sharding.context import Env
+from functitan.sharding.env import Env
 
 
 class Source(NamedTuple):

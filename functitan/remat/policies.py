@@ -16,7 +16,7 @@ from functitan.errors import FunctitanError, nearest, report
 from functitan.ops.contraction import Static
 from functitan.ops.function import Call
 from functitan.remat.memo import NAME
-from functitan.sharding.context import Env
+from functitan.sharding.env import Env
 
 
 class Made(NamedTuple):

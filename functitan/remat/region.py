@@ -23,8 +23,9 @@ from functitan.remat.draws import Source, again, first_time, unmoved
 from functitan.remat.memo import Kept, Memo, remembering
 from functitan.remat.policies import Budget, Made, Names, Policy, check_names, made, nothing_saveable
 from functitan.sharding.collectives import refuse_forward_mode
-from functitan.sharding.context import Env, current, using
+from functitan.sharding.context import current, using
 from functitan.sharding.cut import carry_cut
+from functitan.sharding.env import Env
 from functitan.sharding.ledger import Ledger, entering
 from functitan.sharding.shapes import shapes_only
 from functitan.sharding.sink import Sink

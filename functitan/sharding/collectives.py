@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from functitan.errors import MeshError, report
-from functitan.sharding.context import Env, current
+from functitan.sharding.context import current
+from functitan.sharding.env import Env
 from functitan.sharding.mesh import Mesh, check_dim
 from functitan.sharding.message import Label, Passing
 from functitan.sharding.moves import Step, View

@@ -21,8 +21,9 @@ from functitan import tree
 from functitan.axes import write_axes
 from functitan.errors import MeshError, PatternError, check_function, report
 from functitan.param import Param
-from functitan.sharding.context import Env, as_mesh, using
+from functitan.sharding.context import as_mesh, using
 from functitan.sharding.cut import mark_cut
+from functitan.sharding.env import Env
 from functitan.sharding.layout import Layout, check_leaves, layout_of, local_shape
 from functitan.sharding.ledger import Ledger, entering
 from functitan.sharding.mesh import Mesh, MeshSizes, mesh_sizes

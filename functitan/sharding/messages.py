@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from functitan.sharding.around import around_message
-from functitan.sharding.context import Env
+from functitan.sharding.env import Env
 from functitan.sharding.mesh import Pending, Transport
 from functitan.sharding.message import Label, Message
 

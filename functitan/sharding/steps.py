@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from functitan.sharding.around import around_message
-from functitan.sharding.context import Env
+from functitan.sharding.env import Env
 from functitan.sharding.message import Label, Passing
 from functitan.sharding.moves import Step, View
 from functitan.sharding.precision import narrowed

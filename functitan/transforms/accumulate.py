@@ -19,7 +19,8 @@ from functitan.errors import FunctitanError, LayoutError, PatternError, report
 from functitan.frozen import which_trained
 from functitan.ops.function import has_derivative
 from functitan.ops.replica import merge, merge_sums, one_replica, spread
-from functitan.sharding.context import Env, current, using
+from functitan.sharding.context import current, using
+from functitan.sharding.env import Env
 from functitan.sharding.layout import axes_of, check_rank, divisibility, global_shape, layout_of
 from functitan.sharding.rules import AxisRules, check_rules
 from functitan.transforms.beside import check_ways, merged

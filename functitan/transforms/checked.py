@@ -19,8 +19,9 @@ from functitan.axes import Axes, write_axes
 from functitan.capture.nodes import Capture
 from functitan.errors import CollectiveError, FunctitanError, ReplicationError, report
 from functitan.ops.function import is_batched
-from functitan.sharding.context import Env, current, using
+from functitan.sharding.context import current, using
 from functitan.sharding.cut import refuse_shards
+from functitan.sharding.env import Env
 from functitan.sharding.layout import axes_of, check_rank, layout_of, table_of
 from functitan.sharding.ledger import Ledger
 from functitan.sharding.message import Label

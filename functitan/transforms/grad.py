@@ -16,8 +16,9 @@ from torch import Tensor
 from functitan import tree
 from functitan.errors import FunctitanError, check_function, report
 from functitan.ops.function import has_derivative, transforms_active
-from functitan.sharding.context import Env, current, using, within
+from functitan.sharding.context import current, using, within
 from functitan.sharding.cut import carry_cut
+from functitan.sharding.env import Env
 from functitan.transforms.add_into import add_into
 from functitan.transforms.flat import Form, join, split
 

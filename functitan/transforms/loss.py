@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from functitan.errors import FunctitanError, check_function, report
-from functitan.sharding.context import Env
+from functitan.sharding.env import Env
 from functitan.transforms.grad import described
 
 

@@ -14,7 +14,8 @@ from functitan import threefry, tree
 from functitan.axes import Axes
 from functitan.errors import FunctitanError, RulesError, report
 from functitan.ops.replica import spread
-from functitan.sharding.context import Env, current
+from functitan.sharding.context import current
+from functitan.sharding.env import Env
 from functitan.sharding.layout import axes_of, check_rank, layout_of
 from functitan.sharding.rules import Dims
 from functitan.transforms.beside import check_aux, part_of

@@ -12,8 +12,9 @@ import torch
 
 from functitan import tree
 from functitan.errors import LayoutError, ReplicationError, report
-from functitan.sharding.context import Env, current
+from functitan.sharding.context import current
 from functitan.sharding.cut import cut_of
+from functitan.sharding.env import Env
 from functitan.sharding.layout import layout_of
 from functitan.sharding.rules import Dims
 from functitan.transforms.checked import Held, compared_dims, differences, digests, held_in, over_ranks

@@ -20,7 +20,7 @@ from functitan.capture.nodes import Capture, capturing
 from functitan.capture.statics import same
 from functitan.ops import types
 from functitan.sharding.around import Around
-from functitan.sharding.context import Env
+from functitan.sharding.env import Env
 from functitan.sharding.ledger import Ledger, entering
 from functitan.sharding.program import checks
 
