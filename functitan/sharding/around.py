@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -20,8 +21,9 @@ from functitan.sharding.message import Label, Message
 Results = tuple[Tensor, ...]
 
 
-class Around(NamedTuple):
-    """The hooks of one feature, all of them optional, and how the core treats it.
+@dataclass(frozen=True)
+class Around:
+    """The hooks of one feature, all of them optional, and how the core treats it. Opaque to pytrees.
 
     `state` is what the hooks are about (a ledger, say), by whose type its feature finds it again: `Env.find`.
     """

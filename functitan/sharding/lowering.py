@@ -7,11 +7,13 @@ the state first: two lowerings are equal where their states are, and caches of p
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 
-class Lowering(NamedTuple):
-    """The hooks of one feature, all of them optional; `state` is that by whose type it is found again: `Env.find`.
+@dataclass(frozen=True)
+class Lowering:
+    """The hooks of one feature, all of them optional, and opaque to pytrees; `Env.find` finds it by its state's type.
 
     `arithmetic(state, pattern, signature, tensors, env)` gives an einsum's `Arithmetic`, or `None` for the plain one.
     `rewrite(state, contraction, plan, env, label)` gives how the products of a plan are taken and summed, in the place
@@ -28,4 +30,4 @@ class Lowering(NamedTuple):
 
     def again(self, mark: Any) -> Lowering:
         """This lowering as it was at a mark."""
-        return self if self.at is None else self._replace(state=self.at(self.state, mark))
+        return self if self.at is None else replace(self, state=self.at(self.state, mark))
