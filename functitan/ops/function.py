@@ -8,6 +8,7 @@ only after every transform has been peeled off. Also the one user of `torch._C._
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -48,8 +49,12 @@ class Op(NamedTuple):
     saves_operands: bool = True
 
 
-class Call(NamedTuple):
-    """One call of an op: its surroundings, its static data, and the axes still hidden in each tensor."""
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of an op: its surroundings, its static data, and the axes still hidden in each tensor.
+
+    Opaque to pytrees: torch.func flattens what an op is given at each of its levels.
+    """
 
     op: Op
     env: Env

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -59,7 +60,7 @@ def checks(line: str = "") -> Around:
         each = zip(typed.operands, tensors, strict=True)
         shapes = " and ".join(f"{write_axes(own.axes)!r} {list(x.shape)}" for own, x in each)
         env = call.env.without(Checks).inside(checks(with_shards(line, shapes)))
-        return run(call._replace(env=env), tensors)
+        return run(replace(call, env=env), tensors)
 
     called = lambda: checks(user_line())
     return Around(Checks(line), message=agree, op=tell_shapes, called=called, remembers=True)
