@@ -17,7 +17,7 @@ from torch.fx import Graph, Node, map_arg
 from torch.fx.node import has_side_effect
 from torch.fx.traceback import annotate  # not stable: tried on torch 2.13
 
-from functitan.sharding.around import Around
+from functitan.sharding.around import Around, noting
 from functitan.sharding.mesh import Mesh, Transport, Wait
 from functitan.sharding.message import Message, Passing
 from functitan.sharding.shapes import shape_of_result
@@ -67,10 +67,6 @@ class Capture:
 def capturing(capture: Capture) -> Around:
     """The hooks of a capture: messages become nodes of its graph, and it keeps notes for a ledger."""
 
-    def note(text: str) -> None:
-        if text not in capture.notes:
-            capture.notes.append(text)
-
     def recomputation() -> AbstractContextManager[Any]:
         """Number the nodes of one recomputation, which passes keep apart from those of forward."""
         capture.recomputations += 1
@@ -79,7 +75,7 @@ def capturing(capture: Capture) -> Around:
     return Around(
         capture,
         transport=capture.transport,
-        note=note,
+        note=noting(capture.notes),
         recomputation=recomputation,
         remembers=True,
         changes_programs=True,

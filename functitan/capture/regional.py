@@ -117,7 +117,7 @@ class _Call:
 
 def _region(its: _Call, xs: tuple[Tensor, ...]) -> Region:
     """What was made for such a call, or is now."""
-    env = its.env.without(Sink)._replace(around=(), differentiated=False, vmap_axes=())
+    env = its.env.key.uncaptured.without(Sink, Memo)._replace(differentiated=False, vmap_axes=())
     shapes = tuple((x.shape, x.stride(), x.dtype, x.device) for x in xs)
     made_for, statics = (shapes, its.wanted, its.form.structure, env), its.form.leaves
     alike = [region for region in its.compiled.regions if region.made_for == made_for]

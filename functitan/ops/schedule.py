@@ -114,9 +114,11 @@ class Running:
 Sum = tuple[Tensor, torch.dtype, tuple[Step, ...]]  # of a group's products, their dtype, and the steps that are left
 
 
-def plain_sum(running: Running, result: int, group: int) -> Sum:
-    """The sum of a group's products, taken one after the other."""
-    first, *others = map(running.product, running.parts[result][group])
+def plain_sum(
+    running: Running, result: int, group: int, product: Callable[[Running, Part], Tensor] = Running.product
+) -> Sum:
+    """The sum of a group's products, each as `product` takes it, one after the other."""
+    first, *others = (product(running, part) for part in running.parts[result][group])
     y = sum(others, first)
     return y, y.dtype, running.plan.results[result][group].steps
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from functitan.ops.arithmetic import Arithmetic, Value
-from functitan.ops.schedule import Part, Running, Sum, Work
+from functitan.ops.schedule import Part, Running, Sum, Work, plain_sum
 from functitan.overlap.fused import fused_gather, fused_scatter
 from functitan.overlap.ring import Ring
 from functitan.overlap.rings import Pipelining, local_size, rings
@@ -62,13 +62,11 @@ class _Rings(NamedTuple):
 
 def _summed(found: _Rings, running: Running, result: int, group: int) -> Sum:
     """The sum of a group's products, as `schedule.plain_sum` gives it, beside rings where the plan has some."""
-    parts, steps = running.parts[result][group], running.plan.results[result][group].steps
-    if (result, group) in found.scatters:
-        y, own = _scattered(found, running, result, steps[0], parts)
-        return y, own, steps[1:]
-    first, *others = (_product(found, running, part) for part in parts)
-    y = sum(others, first)
-    return y, y.dtype, steps
+    if (result, group) not in found.scatters:
+        return plain_sum(running, result, group, partial(_product, found))
+    steps = running.plan.results[result][group].steps
+    y, own = _scattered(found, running, result, steps[0], running.parts[result][group])
+    return y, own, steps[1:]
 
 
 def _product(found: _Rings, running: Running, part: Part) -> Tensor:

@@ -18,6 +18,7 @@ from functitan.axes import parse_axes
 from functitan.errors import FunctitanError, report
 from functitan.param import Param
 from functitan.pipeline.stages import Stage
+from functitan.remat.memo import Memo
 from functitan.sharding.context import using
 from functitan.sharding.env import Env
 from functitan.sharding.layout import local_shape
@@ -75,7 +76,7 @@ def edges_of(stages: Sequence[Stage], part: Any, key: Tensor | None, env: Env, s
     mesh = env.mesh
     if mesh is not None:
         mesh = mesh._replace(transport=shapes_only())
-    quiet = env.without(Sink)._replace(mesh=mesh, pipeline=None, around=())
+    quiet = env.key.without(Sink, Memo)._replace(mesh=mesh, pipeline=None)
     found = [NOTHING]
     device = next((x.device for x in tree.leaves(part) if isinstance(x, Tensor)), torch.device("cpu"))
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), using(quiet):

@@ -286,7 +286,7 @@ def _dry_run(region: Region, tensors: Tensors) -> list[Made]:
         return False
 
     region.known["accepts"] = note
-    env = current()._replace(mesh=mesh, around=(entering(ledger),))
+    env = current().key.uncaptured._replace(mesh=mesh).inside(entering(ledger))
     with _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True), using(env):
         region.run(*(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in tensors))
     return calls

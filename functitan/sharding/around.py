@@ -46,6 +46,11 @@ class Around:
     changes_programs: bool = False  # a cache of programs tells surroundings apart by it
 
 
+def noting(notes: list[str]) -> Callable[[str], None]:
+    """The hook that keeps each remark once."""
+    return lambda text: None if text in notes else notes.append(text)
+
+
 def around_op(around: tuple[Around, ...], call: Any, tensors: Results, run: Callable[..., Results]) -> Results:
     """The results of `run(call, tensors)`, inside the hooks."""
     for each in reversed(around):

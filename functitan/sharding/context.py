@@ -26,7 +26,7 @@ _CURRENT: ContextVar[Env] = ContextVar("functitan", default=Env())  # noqa: B039
 def current() -> Env:
     """The surroundings of the caller."""
     env = _CURRENT.get()
-    if any(each.called is not None for each in env.around):
+    if env.around and any(each.called is not None for each in env.around):
         return env._replace(around=tuple(each if each.called is None else each.called() for each in env.around))
     return env
 

@@ -51,12 +51,12 @@ class Env(NamedTuple):
     @property
     def sees_every_op(self) -> bool:
         """Whether something around wants each op to be a named one, also where plain torch ops would do."""
-        return any(each.sees_every_op for each in self.around)
+        return bool(self.around) and any(each.sees_every_op for each in self.around)  # most have nothing around
 
     @property
     def is_captured(self) -> bool:
         """Whether a program is being captured, whose tensors have no values yet and whose messages become nodes."""
-        return any(each.transport is not None for each in self.around)
+        return bool(self.around) and any(each.transport is not None for each in self.around)
 
     def layout(self, axes: tuple[str, ...]) -> Layout:
         """The layout of a pattern here; only where there is a mesh."""
@@ -74,6 +74,11 @@ class Env(NamedTuple):
     def key(self) -> Env:
         """These surroundings without what only watches: all that caches of programs compare, and nobody else lists."""
         return self._replace(around=tuple(each for each in self.around if each.changes_programs))
+
+    @property
+    def uncaptured(self) -> Env:
+        """These surroundings, where messages are sent by the mesh's own transport."""
+        return self._replace(around=tuple(each for each in self.around if each.transport is None))
 
     def inside(self, around: Around) -> Env:
         """These surroundings, with one more thing around: inside the others, but for those that only watch."""
@@ -106,14 +111,14 @@ class Env(NamedTuple):
                 return found
         return None
 
-    def marks(self) -> tuple[Any, ...]:
-        """Where lowerings stand that count what they meet."""
-        return tuple(None if each.mark is None else each.mark(each.state) for each in self.lowering)
+    def marks(self) -> dict[type, Any]:
+        """Where lowerings stand that count what they meet, by the type of their state: there is one of each."""
+        return {type(each.state): each.mark(each.state) for each in self.lowering if each.mark is not None}
 
-    def again(self, marks: tuple[Any, ...]) -> Env:
+    def again(self, marks: dict[type, Any]) -> Env:
         """These surroundings for a recomputation, whose lowerings stand at these marks."""
         phase = "backward" if self.phase == "forward" else self.phase
-        lowering = tuple(each.again(mark) for each, mark in zip(self.lowering, marks, strict=True))
+        lowering = tuple(x.again(marks[type(x.state)]) if type(x.state) in marks else x for x in self.lowering)
         return self._replace(phase=phase, recomputed=True, lowering=lowering)
 
     @property

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any
 
-from functitan.sharding.around import Around
+from functitan.sharding.around import Around, noting
 from functitan.sharding.message import Message
 
 
@@ -87,11 +87,8 @@ def entering(ledger: Ledger) -> Around:
             ledger.entries.append(message)
         return start(message, x)
 
-    def note(text: str) -> None:
-        if text not in ledger.notes:
-            ledger.notes.append(text)
-
-    return Around(ledger, message=enter, entered=ledger.entries.extend, note=note, patterns=ledger.patterns.update)
+    notes, patterns = noting(ledger.notes), ledger.patterns.update
+    return Around(ledger, message=enter, entered=ledger.entries.extend, note=notes, patterns=patterns)
 
 
 def _rows(entries: list[Message]) -> list[tuple[str, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections import UserDict
 from contextlib import nullcontext
@@ -20,6 +21,7 @@ from functitan.capture.nodes import Capture, capturing
 from functitan.capture.statics import same
 from functitan.ops import types
 from functitan.sharding.around import Around
+from functitan.sharding.context import current, using
 from functitan.sharding.env import Env
 from functitan.sharding.ledger import Ledger, entering
 from functitan.sharding.program import checks
@@ -117,6 +119,33 @@ def test_what_watches_is_no_part_of_the_key():
     assert env.inside(capturing(Capture())).key != env.key
     kept = {"mesh", "rules", "phase", "recomputed", "vmap_axes", "precision", "lowering", "sequence"}
     assert all(env._replace(**{name: "another"}).key != env.key for name in kept)
+
+
+def _send_rounded(message, x, env, start):
+    wait = start(message._replace(dtype=torch.bfloat16), x.bfloat16())
+    return lambda: wait().to(x.dtype)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, functools.partial(ft.jit, backend="graph"),
+                                  functools.partial(ft.compile, backend="graph"), ft.remat], ids=range(4))  # fmt: skip
+@pytest.mark.parametrize("first", [False, True])
+def test_a_wing_that_changes_messages_has_programs_of_its_own(wrap, first):
+    """The hook is at work inside what is captured, and only where it is around, whichever is captured first."""
+    rounded = Around("rounded", message=_send_rounded, changes_programs=True)
+
+    def on_rank(mesh):
+        fn = wrap(lambda x: ft.reduce("batch ->", x))
+
+        def run(x, is_rounded):
+            with using(current().inside(rounded) if is_rounded else current()):
+                return fn(x).item()
+
+        x = ft.shard(torch.tensor([1 + 2**-12, 0.0]), "batch", mesh=mesh, rules=RULES)
+        run = ft.spmd(run, mesh=mesh, rules=RULES)
+        return [run(x, first), run(x, not first)]
+
+    found = [1.0, 1 + 2**-12] if first else [1 + 2**-12, 1.0]
+    assert ft.simulate(dp=2)(on_rank)() == [found] * 2
 
 
 def test_a_step_that_was_captured_outside_of_a_check_is_compared_at_the_first_checked_call():
